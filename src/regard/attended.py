@@ -1,0 +1,73 @@
+"""Attended: the output of one attention call, and any part of its weights on demand, without the matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from regard.kernels import chunked
+from regard.normalizers import Softmax
+from regard.problem import Indices, Problem
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attended:
+    """What `regard.attention` returns: `out`, and the rest computed when asked, in linear memory.
+
+    Weights are those before dropout, in float32 for half precision inputs; every result is differentiable.
+    """
+
+    out: Tensor  # (..., Lq, Dv)
+    problem: Problem
+
+    @property
+    def lse(self) -> Tensor | None:
+        """(..., Lq): log Σ_j exp(s_ij) over the keys a row may attend, −inf for none; None unless softmax."""
+        if not isinstance(self.problem.normalizer, Softmax):
+            return None
+        return torch.cat(list(chunked.by_rows(self.problem, Problem.log_sum_exp)), -1)
+
+    def weights(self, rows: Indices | None = None, heads: Indices | None = None) -> Tensor:
+        """(..., rows, Lk): the weights of some query rows and heads (dimension −3), or of all of them.
+
+        `rows` and `heads` are slices or sequences of ints; ValueError where one is out of range, or where `heads`
+        is given and there are none.
+        """
+        return self.problem.select(rows, heads).weights()
+
+    def top_k(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest weights of each row and their keys, both (..., Lq, k), largest first.
+
+        ValueError where k is not in 1 .. Lk.
+        """
+        if not 1 <= k <= self.problem.keys:
+            raise ValueError(f"k is {k}; it must lie in 1 .. {self.problem.keys}, the number of keys")
+        largest = [block.topk(k) for block in chunked.by_rows(self.problem, Problem.weights)]
+        return torch.cat([each.values for each in largest], -2), torch.cat([each.indices for each in largest], -2)
+
+    def key_mass(self) -> Tensor:
+        """(..., Lk): Σ_i p_ij, how much weight each key got from all rows together."""
+        return reduce(torch.add, chunked.by_rows(self.problem, _key_mass))
+
+    def entropy(self) -> Tensor:
+        """(..., Lq): −Σ_j p_ij log p_ij in nats, 0 for a row that attends nothing."""
+        return torch.cat(list(chunked.by_rows(self.problem, _entropy)), -1)
+
+    def __repr__(self) -> str:
+        problem = self.problem
+        return (
+            f"Attended(out={tuple(self.out.shape)} {self.out.dtype}, {type(problem.pair).__name__}, "
+            f"{problem.queries} queries, {problem.keys} keys)"
+        )
+
+
+def _key_mass(block: Problem) -> Tensor:
+    return block.weights().sum(-2)
+
+
+def _entropy(block: Problem) -> Tensor:
+    p = block.weights()
+    return -(p * p.masked_fill(p == 0, 1.0).log()).sum(-1)

@@ -1,0 +1,258 @@
+"""The front door: check the arguments, blank what nothing attends, project, lower to a Problem, choose, run.
+
+Shapes: query (..., Lq, Dq), key (..., Lk, Dk), value (..., Lk, Dv); leading dimensions (batch first, then heads)
+broadcast. A score with heads = h > 1 inserts a dimension of h before the last two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard import kernels
+from regard.attended import Attended
+from regard.dropout import Dropout
+from regard.masks import Grid, Keep, Mask, broadcasts
+from regard.normalizers import Normalizer, Softmax
+from regard.problem import Indices, Problem
+from regard.scores import ScaledDot, Score
+from regard.visible import blank, seeing_rows, seen_keys
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Score = ScaledDot(),
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    normalizer: Normalizer = Softmax(),
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention with any scoring function: out[i] = Σ_j p_ij v_j, p_i = softmax_j(score(q_i, k_j)).
+
+    Args:
+        query: (..., Lq, Dq).
+        key: (..., Lk, Dk).
+        value: (..., Lk, Dv). All three of one floating dtype and device.
+        score: the scoring function; `regard.scores` has the textbook's.
+        mask: a Mask, or bool (True = may attend) that broadcasts to (..., Lq, Lk), or None for every key.
+        bias: added to the scores; broadcasts to (..., Lq, Lk); differentiable.
+        normalizer: scores to weights.
+        dropout_p: probability in 0 .. 1 of dropping a weight; pass 0 outside training.
+        enable_gqa: allow fewer key-value heads (dimension −3) than query heads, each serving a group of them.
+        impl: "auto", or "reference", "chunked" or "sdpa", which then runs or raises its reason.
+
+    Returns:
+        (..., Lq, Dv) in the values' dtype; 0 for a query that may attend nothing. Under autocast the inputs are
+        cast to its dtype, as scaled_dot_product_attention's are.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was passed and what would fit.
+
+    >>> query, key, value = torch.randn(2, 3, 20), torch.ones(2, 10, 2), torch.randn(2, 10, 4)
+    >>> score = Additive(query_dim=20, key_dim=2, hidden_dim=8)
+    >>> attend(query, key, value, score, Lengths(torch.tensor([2, 6]))).shape
+    torch.Size([2, 3, 4])
+    """
+    problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
+    return kernels.choose(problem, impl).run(problem)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Score = ScaledDot(),
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    normalizer: Normalizer = Softmax(),
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> Attended:
+    """What `attend` computes, with a view of what it looked at; same arguments, same errors.
+
+    >>> seen = attention(torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4))
+    >>> seen.out.shape, seen.weights(rows=[0]).shape, seen.entropy().shape
+    (torch.Size([2, 3, 4]), torch.Size([2, 1, 5]), torch.Size([2, 3]))
+    """
+    problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
+    return Attended(kernels.choose(problem, impl).run(problem), problem)
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    score: Score = ScaledDot(),
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    normalizer: Normalizer = Softmax(),
+    enable_gqa: bool = False,
+    rows: Indices | None = None,
+) -> Tensor:
+    """(..., Lq, Lk): how much each query (or each of `rows`) attends to each key, before dropout.
+
+    In float32 for half precision inputs; arguments and errors as in `attend`.
+
+    >>> weights(torch.zeros(1, 4), torch.randn(3, 4), mask=Lengths(2))
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    problem = lower(query, key, key[..., :0], score, mask, bias, normalizer, 0.0, enable_gqa)
+    return problem.select(rows, heads=None).weights()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation `attend` would run, why not the others, and about how much memory it will need."""
+
+    implementation: str
+    refused: dict[str, str]
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.implementation}, about {self.memory_bytes / 2**20:.1f} MiB beyond inputs and outputs"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Score = ScaledDot(),
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    normalizer: Normalizer = Softmax(),
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> Explanation:
+    """Which implementation the same call of `attend` would run, and why not the others; nothing is computed.
+
+    >>> x = torch.randn(1, 4096, 64)
+    >>> print(explain(x, x, x, mask=Window(128, 0)))
+    chunked, about 32.0 MiB beyond inputs and outputs
+      not sdpa: these intervals would need a mask of Lq × Lk
+    """
+    problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
+    chosen = kernels.choose(problem, impl)
+    reasons = {each.name: kernels.refusal(each, problem) for each in kernels.TABLE.values()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Explanation(chosen.name, refused, chosen.memory(problem))
+
+
+def lower(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Score,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    normalizer: Normalizer,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> Problem:
+    """Check, blank, project: from what a user says to what an implementation may see."""
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    grid = _check(query, key, value, score, bias, dropout_p, enable_gqa)
+    intervals, keep = None, None
+    if mask is not None:
+        intervals, keep = (mask if isinstance(mask, Mask) else Keep(mask)).lower(grid)
+        seen, seeing = seen_keys(intervals, keep, grid), seeing_rows(intervals, keep, grid)
+        key, value = blank(key, seen, score.heads), blank(value, seen, score.heads)
+        query = blank(query, seeing, score.heads)
+    query, key = score.project_query(query), score.project_key(key)
+    if score.heads > 1:
+        value = value.unsqueeze(-3)
+    return Problem(
+        query=query,
+        key=key,
+        value=value,
+        pair=score.pair(),
+        normalizer=normalizer,
+        leading=grid.leading,
+        intervals=intervals,
+        keep=keep,
+        bias=bias,
+        dropout=Dropout(dropout_p, torch.randint(-(2**63), 2**63 - 1, ())) if dropout_p > 0 else None,
+    )
+
+
+
+
+# --- Arguments.
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, score: Score, bias: Tensor | None, dropout_p: float, enable_gqa: bool
+) -> Grid:
+    """The grid of a call whose arguments fit one another; else ValueError or TypeError."""
+    inputs = {"query": query, "key": key, "value": value}
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
+        if x.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
+        if x.dtype != query.dtype or x.device != query.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} and query {query.dtype} on {query.device}; they must be the same"
+            )
+    if not isinstance(score, Score):
+        raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot() or FunctionScore(function)")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)} and "
+            f"{tuple(value.shape)}); each key needs one value"
+        )
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0 .. 1")
+    leading = _leading(query, key, value, enable_gqa)
+    if score.heads > 1:
+        leading = (*leading, score.heads)
+    grid = Grid(leading, query.shape[-2], key.shape[-2], query.device)
+    if bias is not None:
+        whole = (*leading, grid.queries, grid.keys)
+        if not bias.is_floating_point():
+            raise TypeError(f"bias has dtype {bias.dtype}; it must be a floating type (a bool belongs in mask)")
+        if not broadcasts(bias.shape, whole):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must broadcast to {whole}")
+    return grid
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """What the leading dimensions broadcast to, grouped heads counted as the query's."""
+    shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
+    if enable_gqa:
+        if min(map(len, shapes)) < 1 or shapes[1][-1] != shapes[2][-1] or shapes[0][-1] % shapes[1][-1]:
+            raise ValueError(
+                f"enable_gqa needs as many key as value heads (dimension −3), dividing the query heads; query, key "
+                f"and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            )
+        shapes = [shape[:-1] + shapes[0][-1:] for shape in shapes]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise ValueError(
+            f"query, key and value have leading dimensions {shapes[0]}, {shapes[1]} and {shapes[2]}, which do not "
+            "broadcast" + ("" if enable_gqa else "; for fewer key-value heads pass enable_gqa=True")
+        ) from None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast, x in its dtype."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

@@ -1,0 +1,73 @@
+"""The ordered table of implementations, and the choice among them.
+
+Each implementation computes the same thing (`reference.attend`) for the problems it does not refuse. `auto` takes
+the first that does not refuse; an implementation asked for by name runs or raises its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from regard.kernels import chunked, sdpa
+from regard.problem import Problem
+
+
+class Implementation(NamedTuple):
+    """One way to run a problem."""
+
+    name: str
+    refuses: Callable[[Problem], str | None]  # why it will not run this problem, in a sentence, or None
+    run: Callable[[Problem], Tensor]
+    memory: Callable[[Problem], int]  # bytes it needs beyond inputs and outputs, roughly
+
+
+# The whole matrix is the cheapest for small problems, and what remains when all else refuses.
+WHOLE = Implementation(
+    "reference",
+    refuses=lambda problem: None,
+    run=Problem.attend,
+    memory=lambda problem: 3 * problem.queries * problem.row_bytes,
+)
+TABLE = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("sdpa", sdpa.refuses, sdpa.run, sdpa.memory),
+        Implementation("chunked", chunked.refuses, chunked.run, chunked.memory),
+        WHOLE,
+    )
+}
+SMALL = 2**20  # bytes of the largest intermediate, below which `auto` takes the whole matrix before row blocks
+
+
+def choose(problem: Problem, impl: str = "auto") -> Implementation:
+    """The implementation that will run the problem; ValueError with its reason where a named one refuses."""
+    if impl == "auto":
+        small = problem.queries * problem.row_bytes < SMALL
+        return next(
+            each
+            for each in TABLE.values()
+            if refusal(each, problem) is None and not (small and each.name == "chunked")
+        )
+    if impl not in TABLE:
+        raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {', '.join(map(repr, TABLE))}")
+    reason = refusal(TABLE[impl], problem)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} refuses this problem: {reason}")
+    return TABLE[impl]
+
+
+def refusal(implementation: Implementation, problem: Problem) -> str | None:
+    """Why the implementation will not run the problem, or None."""
+    if implementation is not WHOLE and transforming():
+        return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
+    return implementation.refuses(problem)
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

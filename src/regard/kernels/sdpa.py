@@ -1,0 +1,112 @@
+"""Dot pairs on torch's scaled_dot_product_attention, where it runs in linear memory and means the same."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.masks import Diagonal
+from regard.normalizers import Softmax
+from regard.problem import Problem
+from regard.reference import DotPair, per_query_head
+
+
+def refuses(problem: Problem) -> str | None:
+    if not isinstance(problem.pair, DotPair):
+        return f"it computes dot products, not {type(problem.pair).__name__}"
+    if not isinstance(problem.normalizer, Softmax):
+        return f"it normalizes by softmax, not {type(problem.normalizer).__name__}"
+    if problem.bias is not None:
+        return "a bias takes it off its linear-memory path"
+    if problem.dropout is not None:
+        return "its dropout is another function of the seed and needs quadratic memory"
+    if problem.value.shape[-1] != problem.query.shape[-1] or problem.query.shape[-1] == 0:
+        return (
+            f"key size {problem.query.shape[-1]} and value size {problem.value.shape[-1]} must be equal and not 0 "
+            "for its linear-memory path"
+        )
+    if 0 in (*problem.leading, problem.queries, problem.keys):
+        return "there is nothing to compute"
+    if problem.keep is not None and problem.keep.dim() > 1 and problem.keep.shape[-2] > 1:
+        return "it would widen a mask of Lq × Lk to float"
+    if problem.intervals is not None and not _causal(problem) and not _one_row(problem):
+        return "these intervals would need a mask of Lq × Lk"
+    return None
+
+
+def run(problem: Problem) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _fused(problem)
+    return _TwiceDifferentiable.apply(problem.query, problem.key, problem.value, problem)
+
+
+def memory(problem: Problem) -> int:
+    inputs = (problem.query, problem.key, problem.value)
+    return sum(x.numel() * x.element_size() for x in inputs)
+
+
+def _fused(problem: Problem) -> Tensor:
+    pair = problem.pair
+    assert isinstance(pair, DotPair)
+    query, key, value = (
+        _batch_heads(per_query_head(x, problem.query), problem.leading)
+        for x in (problem.query, problem.key, problem.value)
+    )
+    causal = _causal(problem)
+    allowed = None if causal else problem.allowed()
+    mask = None if allowed is None else _batch_heads(allowed, problem.leading)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=pair.scale)
+    return out.reshape(*problem.leading, *out.shape[-2:])
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """SDPA with its own backward, and the reference's where the gradient itself is to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.problem = problem._replace(query=query[:0], key=key[:0], value=value[:0])
+        inputs = [
+            x.detach().requires_grad_(needed)
+            for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
+        ]
+        with torch.enable_grad():
+            out = _fused(problem._replace(query=inputs[0], key=inputs[1], value=inputs[2]))
+        ctx.inputs, ctx.out = inputs, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, inputs, again = ctx.out, ctx.inputs, torch.is_grad_enabled()
+        if again:
+            inputs = ctx.saved_tensors
+            out = ctx.problem._replace(query=inputs[0], key=inputs[1], value=inputs[2]).attend()
+        needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+        grads = iter(torch.autograd.grad(out, needed, grad, create_graph=again, retain_graph=True))
+        return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:3]), None
+
+
+def _causal(problem: Problem) -> bool:
+    """Whether row i attends exactly the keys 0 .. i."""
+    if problem.keep is not None or problem.intervals is None or len(problem.intervals) != 1:
+        return False
+    low, high = problem.intervals[0]
+    return isinstance(low, int) and low <= 0 and isinstance(high, Diagonal) and high.offset == 1
+
+
+def _one_row(problem: Problem) -> bool:
+    """Whether the intervals of all rows are the same."""
+    bounds = [bound for interval in problem.intervals or () for bound in interval]
+    return all(isinstance(b, int) or (isinstance(b, Tensor) and (b.dim() == 0 or b.shape[-1] == 1)) for b in bounds)
+
+
+def _batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """x (..., R, C) as (batch, heads, R, C), with a last stride of 1."""
+    whole = x.expand(*leading, *x.shape[-2:])
+    batch, heads = leading[:1] or (1,), prod(leading[1:])
+    whole = whole.reshape(*batch, heads, *x.shape[-2:])
+    return whole if whole.stride(-1) == 1 else whole.contiguous()

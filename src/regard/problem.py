@@ -1,0 +1,178 @@
+"""Problem: projected inputs, a pair and intervals: all that an implementation may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard import reference
+from regard.dropout import Dropout
+from regard.masks import Bound, Diagonal, Grid, Interval, Intervals
+from regard.normalizers import Normalizer
+from regard.reference import Pair
+
+
+class Problem(NamedTuple):
+    """One lowered attention call. Leading dimensions broadcast to `leading`; key and value may have fewer heads."""
+
+    query: Tensor  # (..., Lq, D), projected
+    key: Tensor  # (..., Lk, D), projected
+    value: Tensor  # (..., Lk, Dv)
+    pair: Pair
+    normalizer: Normalizer
+    leading: tuple[int, ...]
+    intervals: Intervals | None = None  # at most two a row, disjoint; None: every key
+    keep: Tensor | None = None  # bool, to (*leading, Lq, Lk): for masks that are no intervals
+    bias: Tensor | None = None  # to (*leading, Lq, Lk), added to the scores
+    dropout: Dropout | None = None
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[-2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[-2]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.leading, self.queries, self.keys, self.query.device)
+
+    @property
+    def row_bytes(self) -> int:
+        """What one query row of every leading index takes while its scores are computed whole."""
+        width = 1 if isinstance(self.pair, reference.DotPair) else max(1, self.query.shape[-1])
+        return prod(self.leading) * self.keys * width * max(4, self.query.element_size())
+
+    def allowed(self) -> Tensor | None:
+        """Bool, broadcasting to (*leading, Lq, Lk): intervals and keep in one; None allows all."""
+        if self.intervals is None:
+            return self.keep
+        inside = self.grid.within(self.intervals)
+        return inside if self.keep is None else inside & self.keep
+
+    # The reference, on this problem, as one matrix.
+
+    def attend(self) -> Tensor:
+        """(*leading, Lq, Dv)."""
+        kept = None
+        if self.dropout is not None:
+            kept = self.dropout.kept(self.leading, self.queries, self.keys, self.query.device)
+        q, k, v, pair = self.query, self.key, self.value, self.pair
+        with self._full_precision():
+            out = reference.attend(q, k, v, pair, self.allowed(), self.bias, self.normalizer, kept)
+        return out.expand(*self.leading, *out.shape[-2:])
+
+    def weights(self) -> Tensor:
+        """(*leading, Lq, Lk), before dropout."""
+        with self._full_precision():
+            p = reference.weights(self.query, self.key, self.pair, self.allowed(), self.bias, self.normalizer)
+        return p.expand(*self.leading, *p.shape[-2:])
+
+    def log_sum_exp(self) -> Tensor:
+        """(*leading, Lq)."""
+        with self._full_precision():
+            s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
+        return reference.log_sum_exp(s).expand(*self.leading, -1)
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """Autocast off: it would take the products of scores and weights to half precision."""
+        kind = self.query.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    # Parts of it.
+
+    def blocks(self, rows: int) -> Iterator[Problem]:
+        """The problem in blocks of so many query rows, every key in each."""
+        starts = range(0, max(1, self.queries), rows)
+        same = [None] * len(starts)
+        pieces = zip(
+            starts,
+            self.query.split(rows, -2),
+            same if self.keep is None else _split(self.keep, rows, len(starts)),
+            same if self.bias is None else _split(self.bias, rows, len(starts)),
+            strict=True,
+        )
+        for start, query, keep, bias in pieces:
+            yield self._replace(
+                query=query,
+                keep=keep,
+                bias=bias,
+                intervals=self._intervals_at(slice(start, start + rows)),
+                dropout=self.dropout and self.dropout._replace(first_row=self.dropout.first_row + start),
+            )
+
+    def select(self, rows: Indices | None, heads: Indices | None) -> Problem:
+        """The problem of some query rows and some heads (dimension −3 of the output), without dropout."""
+        problem = self._replace(dropout=None)
+        if rows is not None:
+            problem = problem._select_rows(rows)
+        return problem if heads is None else problem._select_heads(heads)
+
+    def _select_rows(self, rows: Indices) -> Problem:
+        index = _index(rows, self.queries, "rows", self.query.device)
+        return self._replace(
+            query=self.query.index_select(-2, index),
+            keep=self.keep if self.keep is None else _pick(self.keep, -2, index),
+            bias=self.bias if self.bias is None else _pick(self.bias, -2, index),
+            intervals=self._intervals_at(index),
+        )
+
+    def _select_heads(self, heads: Indices) -> Problem:
+        if len(self.leading) < 2:
+            raise ValueError(f"heads is {heads!r}, but weights with leading dimensions {self.leading} have no heads")
+        index = _index(heads, self.leading[-1], "heads", self.query.device)
+        pair = self.pair
+        if isinstance(pair, reference.AdditivePair):
+            pair = pair._replace(v=_pick(pair.v, -2, index))
+        return self._replace(
+            query=_pick(self.query, -3, index),
+            key=_pick(reference.per_query_head(self.key, self.query), -3, index),
+            value=_pick(reference.per_query_head(self.value, self.query), -3, index),
+            pair=pair,
+            leading=(*self.leading[:-1], len(index)),
+            keep=self.keep if self.keep is None else _pick(self.keep, -3, index),
+            bias=self.bias if self.bias is None else _pick(self.bias, -3, index),
+            intervals=self._each_bound(lambda bound: _pick(bound, -2, index) if isinstance(bound, Tensor) else bound),
+        )
+
+    def _intervals_at(self, rows: slice | Tensor) -> Intervals | None:
+        def at(bound: Bound) -> Bound:
+            if isinstance(bound, Diagonal):
+                return Diagonal(bound.offset + rows.start) if isinstance(rows, slice) else rows + bound.offset
+            if isinstance(bound, int) or bound.dim() == 0 or bound.shape[-1] == 1:
+                return bound
+            return bound[..., rows]
+
+        return self._each_bound(at)
+
+    def _each_bound(self, change: Callable[[Bound], Bound]) -> Intervals | None:
+        if self.intervals is None:
+            return None
+        return tuple(Interval(change(low), change(high)) for low, high in self.intervals)
+
+
+Indices = slice | Sequence[int]
+
+
+def _split(x: Tensor, rows: int, blocks: int) -> Sequence[Tensor]:
+    """x (..., Lq, Lk) in blocks of rows, or x itself for each where its rows are all one."""
+    return [x] * blocks if x.dim() < 2 or x.shape[-2] == 1 else x.split(rows, -2)
+
+
+def _pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """x at the indices along dim, or x itself where it is the same for all of them."""
+    return x if x.dim() < -dim or x.shape[dim] == 1 else x.index_select(dim, index)
+
+
+def _index(chosen: Indices, size: int, name: str, device: torch.device) -> Tensor:
+    if isinstance(chosen, slice):
+        return torch.arange(*chosen.indices(size), device=device)
+    if any(not -size <= n < size for n in chosen):
+        raise ValueError(f"{name} is {list(chosen)}; each must lie in {-size} .. {size - 1}")
+    return torch.tensor([n % size for n in chosen], device=device, dtype=torch.int64)
