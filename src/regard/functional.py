@@ -140,7 +140,7 @@ def explain(
     >>> x = torch.randn(1, 4096, 64)
     >>> print(explain(x, x, x, mask=Window(128, 0)))
     chunked, about 32.0 MiB beyond inputs and outputs
-      not sdpa: these intervals would need a mask of Lq × Lk
+      not sdpa: rows with keys of their own would need a float mask of Lq × Lk
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
     chosen = kernels.choose(problem, impl)
@@ -161,14 +161,17 @@ def lower(
     enable_gqa: bool,
 ) -> Problem:
     """Check, blank, project: from what a user says to what an implementation may see."""
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
     grid = _check(query, key, value, score, bias, dropout_p, enable_gqa)
-    intervals, keep = None, None
+    intervals, keep, seen = None, None, None
     if mask is not None:
         intervals, keep = (mask if isinstance(mask, Mask) else Keep(mask)).lower(grid)
-        seen, seeing = seen_keys(intervals, keep, grid), seeing_rows(intervals, keep, grid)
-        key, value = blank(key, seen, score.heads), blank(value, seen, score.heads)
-        query = blank(query, seeing, score.heads)
+        seen = seen_keys(intervals, keep, grid)
+        if seen is not None:
+            column = seen.mT
+            key, value = blank(key, column, score.heads), blank(value, column, score.heads)
+        query = blank(query, seeing_rows(intervals, keep, grid), score.heads)
     query, key = score.project_query(query), score.project_key(key)
     if score.heads > 1:
         value = value.unsqueeze(-3)
@@ -181,6 +184,7 @@ def lower(
         leading=grid.leading,
         intervals=intervals,
         keep=keep,
+        seen=seen,
         bias=bias,
         dropout=Dropout(dropout_p, torch.randint(-(2**63), 2**63 - 1, ())) if dropout_p > 0 else None,
     )
@@ -195,8 +199,7 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, score: Score, bias: Tensor | None, dropout_p: float, enable_gqa: bool
 ) -> Grid:
     """The grid of a call whose arguments fit one another; else ValueError or TypeError."""
-    inputs = {"query": query, "key": key, "value": value}
-    for name, x in inputs.items():
+    for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
         if not x.is_floating_point():
@@ -231,7 +234,7 @@ def _check(
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
     """What the leading dimensions broadcast to, grouped heads counted as the query's."""
-    shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
+    shapes = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     if shapes[0] == shapes[1] == shapes[2]:
         return shapes[0]
     if enable_gqa:
@@ -240,19 +243,16 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
                 f"enable_gqa needs as many key as value heads (dimension −3), dividing the query heads; query, key "
                 f"and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
             )
-        shapes = [shape[:-1] + shapes[0][-1:] for shape in shapes]
+        shapes = tuple(shape[:-1] + shapes[0][-1:] for shape in shapes)
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise ValueError(
-            f"query, key and value have leading dimensions {shapes[0]}, {shapes[1]} and {shapes[2]}, which do not "
-            "broadcast" + ("" if enable_gqa else "; for fewer key-value heads pass enable_gqa=True")
+            f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}, "
+            "whose leading dimensions do not broadcast" + ("" if enable_gqa else "; for fewer key-value heads pass enable_gqa=True")
         ) from None
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under autocast, x in its dtype."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    """x in autocast's dtype, as scaled_dot_product_attention casts its inputs."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x

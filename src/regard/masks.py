@@ -29,14 +29,15 @@ class Diagonal(NamedTuple):
     offset: int
 
 
-Bound = int | Diagonal | Tensor  # a tensor broadcasts to (*leading, Lq)
+Bound = int | Diagonal | Tensor  # a tensor broadcasts to (*leading, Lq, 1)
 
 
 class Interval(NamedTuple):
-    """The keys low <= j < high of each row."""
+    """The keys low <= j < high of each row; `held` where it is known that every row has some."""
 
     low: Bound
     high: Bound
+    held: bool = False
 
 
 Intervals = tuple[Interval, ...]
@@ -51,24 +52,30 @@ class Grid(NamedTuple):
     device: torch.device = torch.device("cpu")
 
     def rows(self, bound: Bound) -> int | Tensor:
-        """The bound of each row: an int for all, or a tensor that broadcasts to (*leading, Lq)."""
+        """The bound of each row: an int for all, or a tensor that broadcasts to (*leading, Lq, 1)."""
         if isinstance(bound, Diagonal):
-            return torch.arange(bound.offset, bound.offset + self.queries, device=self.device)
+            return torch.arange(bound.offset, bound.offset + self.queries, device=self.device).unsqueeze(-1)
         return bound
+
+    def clamped(self, bound: Bound) -> int | Tensor:
+        """The bound of each row, within 0 .. Lk."""
+        return larger(smaller(self.rows(bound), self.keys), 0)
 
     def within(self, intervals: Intervals) -> Tensor:
         """Bool, broadcasting to (*leading, Lq, Lk): the keys inside an interval of their row."""
         j = torch.arange(self.keys, device=self.device)
         inside = None
-        for low, high in intervals:
-            low, high = self.rows(low), self.rows(high)
-            below = j < (high if isinstance(high, int) else high.unsqueeze(-1))
-            if isinstance(low, int):
-                here = below if low <= 0 else below & (j >= low)
-            else:
-                here = below & (j >= low.unsqueeze(-1))
+        for low, high, _ in intervals:
+            here = j < self.rows(high)
+            if not isinstance(low, int) or low > 0:
+                here = here & (j >= self.rows(low))
             inside = here if inside is None else inside | here
         return torch.zeros_like(j, dtype=torch.bool) if inside is None else inside
+
+
+def constant(bound: Bound) -> bool:
+    """Whether the bound is the same for every row."""
+    return isinstance(bound, int) or (isinstance(bound, Tensor) and (bound.dim() < 2 or bound.shape[-2] == 1))
 
 
 def smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
@@ -156,11 +163,15 @@ class Lengths(Mask):
         )
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        start, stop = (x if isinstance(x, int) else x.unsqueeze(-1) for x in self._bounds(grid))
+        start, stop = self._bounds(grid)
         return (j >= start) & (j < stop)
 
     def intervals(self, grid: Grid) -> Intervals:
-        return _nonempty([Interval(*self._bounds(grid))])
+        start, stop = self._bounds(grid)
+        if isinstance(start, int) and isinstance(stop, int) and start >= stop:
+            return ()
+        fewest, _ = extremes(stop) or (0, 0)
+        return (Interval(start, stop, held=isinstance(start, int) and start < fewest),)
 
     def __repr__(self) -> str:
         return f"Lengths(start={_shown(self.start)}, stop={_shown(self.stop)})"
@@ -193,11 +204,10 @@ class _Aligned(Mask):
         offset = self._offset(grid)
         if isinstance(offset, int):
             return offset + shift if grid.queries == 1 else Diagonal(offset + shift)
-        return torch.arange(shift, shift + grid.queries, device=grid.device) + offset
+        return grid.rows(Diagonal(shift)) + offset
 
     def _place(self, i: Tensor, grid: Grid) -> Tensor:
-        offset = self._offset(grid)
-        return i + (offset if isinstance(offset, int) else offset.unsqueeze(-1))
+        return i + self._offset(grid)
 
 
 class Causal(_Aligned):
@@ -273,7 +283,7 @@ class Prefix(_Aligned):
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         n = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
-        return (j <= self._place(i, grid)) | (j < (n if isinstance(n, int) else n.unsqueeze(-1)))
+        return (j <= self._place(i, grid)) | (j < n)
 
     def intervals(self, grid: Grid) -> Intervals:
         n = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
@@ -296,28 +306,28 @@ class Documents(Mask):
         self.key_ids = query_ids if key_ids is None else key_ids
         _reject_non_integers(self.query_ids, "query_ids")
         _reject_non_integers(self.key_ids, "key_ids")
-        self._sorted = _may_look_at(self.key_ids) and bool((self.key_ids.diff(dim=-1) >= 0).all())
+        self._sorted = may_look_at(self.key_ids) and bool((self.key_ids.diff(dim=-1) >= 0).all())
 
     def _ids(self, grid: Grid) -> tuple[Tensor, Tensor]:
         for name, ids, length in (("query_ids", self.query_ids, grid.queries), ("key_ids", self.key_ids, grid.keys)):
             batched = (*grid.leading[:1], length)
             if ids.shape not in ((length,), batched):
                 raise ValueError(f"{name} has shape {tuple(ids.shape)}; here it must be {(length,)} or {batched}")
-        return _spread(self.query_ids, grid), _spread(self.key_ids, grid)
+        return _column(self.query_ids, grid), _column(self.key_ids, grid)
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         query_ids, key_ids = self._ids(grid)
-        return query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
+        return query_ids == key_ids.mT
 
     def intervals(self, grid: Grid) -> Intervals | None:
         query_ids, key_ids = self._ids(grid)
         if not self._sorted:
             return None
-        leading = torch.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1])
-        key_ids = key_ids.expand(*leading, -1).contiguous()
-        query_ids = query_ids.expand(*leading, -1).contiguous()
-        low = torch.searchsorted(key_ids, query_ids)
-        return (Interval(low, torch.searchsorted(key_ids, query_ids, right=True)),)
+        leading = torch.broadcast_shapes(query_ids.shape[:-2], key_ids.shape[:-2])
+        key_ids = key_ids.squeeze(-1).expand(*leading, -1).contiguous()
+        query_ids = query_ids.squeeze(-1).expand(*leading, -1).contiguous()
+        low, high = (torch.searchsorted(key_ids, query_ids, right=right) for right in (False, True))
+        return (Interval(low.unsqueeze(-1), high.unsqueeze(-1)),)
 
 
 class Keep(Mask):
@@ -398,7 +408,7 @@ class Not(Mask):
             return None
         if not inner:
             return (Interval(0, grid.keys),)
-        low, high = inner[0]
+        low, high, _ = inner[0]
         above = larger(grid.rows(high), grid.rows(low))
         return _nonempty([Interval(0, low), Interval(above, grid.keys)])
 
@@ -415,7 +425,7 @@ def _overlap(a: Interval, b: Interval, grid: Grid) -> Interval:
 
 def _union(a: Interval, b: Interval, grid: Grid) -> Intervals:
     """Two intervals as two disjoint ones: the one that starts first, then what the other adds after it."""
-    a_low, a_high, b_low, b_high = (grid.rows(bound) for bound in (*a, *b))
+    a_low, a_high, b_low, b_high = (grid.rows(bound) for bound in (a.low, a.high, b.low, b.high))
     a_first = torch.as_tensor(a_low, device=grid.device) <= b_low
     low, other_low = torch.where(a_first, a_low, b_low), torch.where(a_first, b_low, a_low)
     high, other_high = torch.where(a_first, a_high, b_high), torch.where(a_first, b_high, a_high)
@@ -428,10 +438,11 @@ def _union(a: Interval, b: Interval, grid: Grid) -> Intervals:
 def per_sample(
     values: int | Tensor, name: str, grid: Grid, *, limit: int | None = None, rows: bool = True
 ) -> int | Tensor:
-    """An int, or a tensor (B,) or (B, Lq) laid out to broadcast to (*leading, Lq); checked on CPU."""
+    """An int, or a tensor (B,) or (B, Lq) laid out to broadcast to (*leading, Lq, 1); checked on CPU."""
+    if limit is not None and (span := extremes(values)) is not None and (span[0] < 0 or span[1] > limit):
+        found = span[0] if span[0] == span[1] else f"{span[0]} .. {span[1]}"
+        raise ValueError(f"{name} is {found}; it must lie in 0 .. {limit}, the number of keys")
     if isinstance(values, int):
-        if limit is not None and not 0 <= values <= limit:
-            raise ValueError(f"{name} is {values}; it must lie in 0 .. {limit}, the number of keys")
         return values
     _reject_non_integers(values, name)
     batch = grid.leading[:1]
@@ -440,24 +451,33 @@ def per_sample(
         raise ValueError(f"{name} has shape {tuple(values.shape)}; here it must be an int or of shape {fits}")
     if values.device != grid.device:
         raise ValueError(f"{name} is on {values.device}; it must be on {grid.device}, as the query")
-    if limit is not None and values.numel() and _may_look_at(values):
-        low, high = (int(x) for x in values.aminmax())
-        if low < 0 or high > limit:
-            raise ValueError(f"{name} spans {low} .. {high}; it must lie in 0 .. {limit}, the number of keys")
-    return _spread(values if values.dim() == 2 else values.unsqueeze(-1), grid)
+    return values.reshape(*batch, *[1] * len(grid.leading[1:]), -1, 1)
 
 
-def _spread(rows: Tensor, grid: Grid) -> Tensor:
-    """(B, Lq|1) with a dimension of 1 for each further leading one; (Lq|1,) as it is."""
-    return rows if rows.dim() < 2 else rows.reshape(rows.shape[0], *[1] * (len(grid.leading) - 1), rows.shape[-1])
+def _column(ids: Tensor, grid: Grid) -> Tensor:
+    """(L,) as (L, 1), and (B, L) as (B, ..., L, 1) with a dimension of 1 for each further leading one."""
+    return ids.reshape(*ids.shape[:-1], *[1] * len(grid.leading[1:]) * (ids.dim() - 1), -1, 1)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _reject_non_integers(values: Tensor, name: str) -> None:
-    if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if values.dtype not in _INTEGERS:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be an integer type")
 
 
-def _may_look_at(values: Tensor) -> bool:
+def extremes(values: int | Tensor) -> tuple[int, int] | None:
+    """The least and the largest value, or None where there are none or looking would cost."""
+    if isinstance(values, int):
+        return values, values
+    if not values.numel() or not may_look_at(values):
+        return None
+    found = values.flatten().tolist()
+    return min(found), max(found)
+
+
+def may_look_at(values: Tensor) -> bool:
     """Whether reading the values costs nothing: a plain CPU tensor, outside torch.compile and transforms."""
     return (
         not torch.compiler.is_compiling()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from regard import reference
 from regard.dropout import Dropout
-from regard.masks import Bound, Diagonal, Grid, Interval, Intervals
+from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant
 from regard.normalizers import Normalizer
 from regard.reference import Pair
+from regard.visible import one_row
 
 
 class Problem(NamedTuple):
@@ -28,6 +29,7 @@ class Problem(NamedTuple):
     leading: tuple[int, ...]
     intervals: Intervals | None = None  # at most two a row, disjoint; None: every key
     keep: Tensor | None = None  # bool, to (*leading, Lq, Lk): for masks that are no intervals
+    seen: Tensor | None = None  # bool, to (*leading, 1, Lk): the keys that some row may attend; None: all
     bias: Tensor | None = None  # to (*leading, Lq, Lk), added to the scores
     dropout: Dropout | None = None
 
@@ -47,14 +49,21 @@ class Problem(NamedTuple):
     def row_bytes(self) -> int:
         """What one query row of every leading index takes while its scores are computed whole."""
         width = 1 if isinstance(self.pair, reference.DotPair) else max(1, self.query.shape[-1])
-        return prod(self.leading) * self.keys * width * max(4, self.query.element_size())
+        return prod(self.leading) * self.keys * width * max(4, self.query.itemsize)
 
     def allowed(self) -> Tensor | None:
         """Bool, broadcasting to (*leading, Lq, Lk): intervals and keep in one; None allows all."""
         if self.intervals is None:
             return self.keep
+        if self.one_row():
+            return self.seen
         inside = self.grid.within(self.intervals)
         return inside if self.keep is None else inside & self.keep
+
+    def one_row(self) -> bool:
+        """Whether intervals and keep are the same for every row, who then attend all that is seen."""
+        same = all(constant(low) and constant(high) for low, high, _ in self.intervals or ())
+        return same and (self.keep is None or one_row(self.keep))
 
     # The reference, on this problem, as one matrix.
 
@@ -66,7 +75,7 @@ class Problem(NamedTuple):
         q, k, v, pair = self.query, self.key, self.value, self.pair
         with self._full_precision():
             out = reference.attend(q, k, v, pair, self.allowed(), self.bias, self.normalizer, kept)
-        return out.expand(*self.leading, *out.shape[-2:])
+        return out if out.shape[:-2] == self.leading else out.expand(*self.leading, *out.shape[-2:])
 
     def weights(self) -> Tensor:
         """(*leading, Lq, Lk), before dropout."""
@@ -137,24 +146,23 @@ class Problem(NamedTuple):
             pair=pair,
             leading=(*self.leading[:-1], len(index)),
             keep=self.keep if self.keep is None else _pick(self.keep, -3, index),
+            seen=self.seen if self.seen is None else _pick(self.seen, -3, index),
             bias=self.bias if self.bias is None else _pick(self.bias, -3, index),
-            intervals=self._each_bound(lambda bound: _pick(bound, -2, index) if isinstance(bound, Tensor) else bound),
+            intervals=self._each_bound(lambda bound: _pick(bound, -3, index) if isinstance(bound, Tensor) else bound),
         )
 
     def _intervals_at(self, rows: slice | Tensor) -> Intervals | None:
         def at(bound: Bound) -> Bound:
             if isinstance(bound, Diagonal):
-                return Diagonal(bound.offset + rows.start) if isinstance(rows, slice) else rows + bound.offset
-            if isinstance(bound, int) or bound.dim() == 0 or bound.shape[-1] == 1:
-                return bound
-            return bound[..., rows]
+                return Diagonal(bound.offset + rows.start) if isinstance(rows, slice) else rows.unsqueeze(-1) + bound.offset
+            return bound if isinstance(bound, int) or constant(bound) else bound[..., rows, :]
 
         return self._each_bound(at)
 
     def _each_bound(self, change: Callable[[Bound], Bound]) -> Intervals | None:
         if self.intervals is None:
             return None
-        return tuple(Interval(change(low), change(high)) for low, high in self.intervals)
+        return tuple(Interval(change(low), change(high), held) for low, high, held in self.intervals)
 
 
 Indices = slice | Sequence[int]

@@ -40,7 +40,7 @@ class AdditivePair(NamedTuple):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         features = activate(self, widened(a).unsqueeze(-2) + widened(b).unsqueeze(-3))
-        return (features * widened(self.v)[:, None, None, :]).sum(-1)
+        return (features * widened(self.v).reshape(-1, 1, 1, self.v.shape[-1])).sum(-1)
 
 
 class L1Pair(NamedTuple):

@@ -48,11 +48,9 @@ def choose(problem: Problem, impl: str = "auto") -> Implementation:
     """The implementation that will run the problem; ValueError with its reason where a named one refuses."""
     if impl == "auto":
         small = problem.queries * problem.row_bytes < SMALL
-        return next(
-            each
-            for each in TABLE.values()
-            if refusal(each, problem) is None and not (small and each.name == "chunked")
-        )
+        for each in TABLE.values():
+            if not (small and each.name == "chunked") and refusal(each, problem) is None:
+                return each
     if impl not in TABLE:
         raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {', '.join(map(repr, TABLE))}")
     reason = refusal(TABLE[impl], problem)
@@ -63,9 +61,10 @@ def choose(problem: Problem, impl: str = "auto") -> Implementation:
 
 def refusal(implementation: Implementation, problem: Problem) -> str | None:
     """Why the implementation will not run the problem, or None."""
-    if implementation is not WHOLE and transforming():
+    reason = implementation.refuses(problem)
+    if reason is None and implementation is not WHOLE and transforming():
         return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
-    return implementation.refuses(problem)
+    return reason
 
 
 def transforming() -> bool:

@@ -31,10 +31,8 @@ def refuses(problem: Problem) -> str | None:
         )
     if 0 in (*problem.leading, problem.queries, problem.keys):
         return "there is nothing to compute"
-    if problem.keep is not None and problem.keep.dim() > 1 and problem.keep.shape[-2] > 1:
-        return "it would widen a mask of Lq × Lk to float"
-    if problem.intervals is not None and not _causal(problem) and not _one_row(problem):
-        return "these intervals would need a mask of Lq × Lk"
+    if not (_causal(problem) or problem.one_row()):
+        return "rows with keys of their own would need a float mask of Lq × Lk"
     return None
 
 
@@ -94,14 +92,8 @@ def _causal(problem: Problem) -> bool:
     """Whether row i attends exactly the keys 0 .. i."""
     if problem.keep is not None or problem.intervals is None or len(problem.intervals) != 1:
         return False
-    low, high = problem.intervals[0]
+    low, high, _ = problem.intervals[0]
     return isinstance(low, int) and low <= 0 and isinstance(high, Diagonal) and high.offset == 1
-
-
-def _one_row(problem: Problem) -> bool:
-    """Whether the intervals of all rows are the same."""
-    bounds = [bound for interval in problem.intervals or () for bound in interval]
-    return all(isinstance(b, int) or (isinstance(b, Tensor) and (b.dim() == 0 or b.shape[-1] == 1)) for b in bounds)
 
 
 def _batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:

