@@ -7,6 +7,7 @@ broadcast. A score with heads = h > 1 inserts a dimension of h before the last t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -199,17 +200,14 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, score: Score, bias: Tensor | None, dropout_p: float, enable_gqa: bool
 ) -> Grid:
     """The grid of a call whose arguments fit one another; else ValueError or TypeError."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
-        if x.dim() < 2:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
-        if x.dtype != query.dtype or x.device != query.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device} and query {query.dtype} on {query.device}; they must be the same"
-            )
+    dtype, device = query.dtype, query.device
+    if not (
+        dtype.is_floating_point
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device
+        and min(query.dim(), key.dim(), value.dim()) > 1
+    ):
+        _reject({"query": query, "key": key, "value": value})
     if not isinstance(score, Score):
         raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot() or FunctionScore(function)")
     if key.shape[-2] != value.shape[-2]:
@@ -230,6 +228,21 @@ def _check(
         if not broadcasts(bias.shape, whole):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must broadcast to {whole}")
     return grid
+
+
+def _reject(inputs: dict[str, Tensor]) -> NoReturn:
+    """The error of the first input that is at fault."""
+    query = inputs["query"]
+    for name, x in inputs.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
+        if x.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
+        if x.dtype != query.dtype or x.device != query.device:
+            break
+    raise ValueError(
+        f"{name} is {x.dtype} on {x.device} and query {query.dtype} on {query.device}; they must be the same"
+    )
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ tensor([[1, 0, 0, 0, 0],
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Grid(NamedTuple):
         """The bound of each row, within 0 .. Lk."""
         return larger(smaller(self.rows(bound), self.keys), 0)
 
-    def within(self, intervals: Intervals) -> Tensor:
+    def within(self, intervals: Iterable[Interval]) -> Tensor:
         """Bool, broadcasting to (*leading, Lq, Lk): the keys inside an interval of their row."""
         j = torch.arange(self.keys, device=self.device)
         inside = None
@@ -155,23 +156,16 @@ class Lengths(Mask):
         self.stop = valid_lens if stop is None else stop
         self._stop_name = "valid_lens" if stop is None else "stop"
 
-    def _bounds(self, grid: Grid) -> tuple[int | Tensor, int | Tensor]:
-        stop = grid.keys if self.stop is None else self.stop
-        return (
-            per_sample(self.start, "start", grid, limit=grid.keys),
-            per_sample(stop, self._stop_name, grid, limit=grid.keys),
-        )
-
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        start, stop = self._bounds(grid)
-        return (j >= start) & (j < stop)
+        ((start, stop, _),) = self.intervals(grid)
+        return (j >= grid.rows(start)) & (j < grid.rows(stop))
 
     def intervals(self, grid: Grid) -> Intervals:
-        start, stop = self._bounds(grid)
-        if isinstance(start, int) and isinstance(stop, int) and start >= stop:
-            return ()
-        fewest, _ = extremes(stop) or (0, 0)
-        return (Interval(start, stop, held=isinstance(start, int) and start < fewest),)
+        start, _ = per_sample(self.start, "start", grid, limit=grid.keys)
+        stop, shortest = grid.keys, grid.keys
+        if self.stop is not None:
+            stop, shortest = per_sample(self.stop, self._stop_name, grid, limit=grid.keys)
+        return (Interval(start, stop, held=isinstance(start, int) and start < shortest),)
 
     def __repr__(self) -> str:
         return f"Lengths(start={_shown(self.start)}, stop={_shown(self.stop)})"
@@ -196,7 +190,7 @@ class _Aligned(Mask):
 
     def _offset(self, grid: Grid) -> int | Tensor:
         if self.offset is not None:
-            return per_sample(self.offset, "offset", grid, rows=False)
+            return per_sample(self.offset, "offset", grid, rows=False)[0]
         return grid.keys - grid.queries if self.align == "lower_right" else 0
 
     def _diagonal(self, grid: Grid, shift: int) -> Bound:
@@ -282,11 +276,11 @@ class Prefix(_Aligned):
         self.n = n
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        n = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
+        n, _ = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
         return (j <= self._place(i, grid)) | (j < n)
 
     def intervals(self, grid: Grid) -> Intervals:
-        n = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
+        n, _ = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
         return _nonempty([Interval(0, larger(n, grid.rows(self._diagonal(grid, 1))))])
 
 
@@ -437,13 +431,18 @@ def _union(a: Interval, b: Interval, grid: Grid) -> Intervals:
 
 def per_sample(
     values: int | Tensor, name: str, grid: Grid, *, limit: int | None = None, rows: bool = True
-) -> int | Tensor:
-    """An int, or a tensor (B,) or (B, Lq) laid out to broadcast to (*leading, Lq, 1); checked on CPU."""
-    if limit is not None and (span := extremes(values)) is not None and (span[0] < 0 or span[1] > limit):
-        found = span[0] if span[0] == span[1] else f"{span[0]} .. {span[1]}"
-        raise ValueError(f"{name} is {found}; it must lie in 0 .. {limit}, the number of keys")
+) -> tuple[int | Tensor, int]:
+    """An int, or a tensor (B,) or (B, Lq) laid out to broadcast to (*leading, Lq, 1); and the least value, or −1.
+
+    With a limit, the values are checked to lie in 0 .. limit where looking at them costs nothing.
+    """
+    least = -1
+    if limit is not None and (found := looked_at(values)):
+        least, most = min(found), max(found)
+        if least < 0 or most > limit:
+            raise ValueError(f"{name} spans {least} .. {most}; it must lie in 0 .. {limit}, the number of keys")
     if isinstance(values, int):
-        return values
+        return values, least
     _reject_non_integers(values, name)
     batch = grid.leading[:1]
     if values.shape != batch and not (rows and values.dim() == 2 and values.shape == (*batch, grid.queries)):
@@ -451,7 +450,7 @@ def per_sample(
         raise ValueError(f"{name} has shape {tuple(values.shape)}; here it must be an int or of shape {fits}")
     if values.device != grid.device:
         raise ValueError(f"{name} is on {values.device}; it must be on {grid.device}, as the query")
-    return values.reshape(*batch, *[1] * len(grid.leading[1:]), -1, 1)
+    return values.reshape(*batch, *[1] * len(grid.leading[1:]), -1, 1), least
 
 
 def _column(ids: Tensor, grid: Grid) -> Tensor:
@@ -467,14 +466,11 @@ def _reject_non_integers(values: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be an integer type")
 
 
-def extremes(values: int | Tensor) -> tuple[int, int] | None:
-    """The least and the largest value, or None where there are none or looking would cost."""
+def looked_at(values: int | Tensor) -> list[int]:
+    """The values, or none where looking at them would cost."""
     if isinstance(values, int):
-        return values, values
-    if not values.numel() or not may_look_at(values):
-        return None
-    found = values.flatten().tolist()
-    return min(found), max(found)
+        return [values]
+    return values.flatten().tolist() if may_look_at(values) else []
 
 
 def may_look_at(values: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import NamedTuple
 
@@ -62,8 +61,10 @@ class Problem(NamedTuple):
 
     def one_row(self) -> bool:
         """Whether intervals and keep are the same for every row, who then attend all that is seen."""
-        same = all(constant(low) and constant(high) for low, high, _ in self.intervals or ())
-        return same and (self.keep is None or one_row(self.keep))
+        for low, high, _ in self.intervals or ():
+            if not (constant(low) and constant(high)):
+                return False
+        return self.keep is None or one_row(self.keep)
 
     # The reference, on this problem, as one matrix.
 
@@ -72,27 +73,19 @@ class Problem(NamedTuple):
         kept = None
         if self.dropout is not None:
             kept = self.dropout.kept(self.leading, self.queries, self.keys, self.query.device)
-        q, k, v, pair = self.query, self.key, self.value, self.pair
-        with self._full_precision():
-            out = reference.attend(q, k, v, pair, self.allowed(), self.bias, self.normalizer, kept)
+        q, k, v = self.query, self.key, self.value
+        out = reference.attend(q, k, v, self.pair, self.allowed(), self.bias, self.normalizer, kept)
         return out if out.shape[:-2] == self.leading else out.expand(*self.leading, *out.shape[-2:])
 
     def weights(self) -> Tensor:
         """(*leading, Lq, Lk), before dropout."""
-        with self._full_precision():
-            p = reference.weights(self.query, self.key, self.pair, self.allowed(), self.bias, self.normalizer)
+        p = reference.weights(self.query, self.key, self.pair, self.allowed(), self.bias, self.normalizer)
         return p.expand(*self.leading, *p.shape[-2:])
 
     def log_sum_exp(self) -> Tensor:
         """(*leading, Lq)."""
-        with self._full_precision():
-            s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
+        s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
         return reference.log_sum_exp(s).expand(*self.leading, -1)
-
-    def _full_precision(self) -> AbstractContextManager[object]:
-        """Autocast off: it would take the products of scores and weights to half precision."""
-        kind = self.query.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     # Parts of it.
 
@@ -138,7 +131,7 @@ class Problem(NamedTuple):
         index = _index(heads, self.leading[-1], "heads", self.query.device)
         pair = self.pair
         if isinstance(pair, reference.AdditivePair):
-            pair = pair._replace(v=_pick(pair.v, -2, index))
+            pair = pair._replace(v=_pick(pair.v, -4, index))
         return self._replace(
             query=_pick(self.query, -3, index),
             key=_pick(reference.per_query_head(self.key, self.query), -3, index),

@@ -28,19 +28,19 @@ class DotPair(NamedTuple):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         scale = 1 / sqrt(a.shape[-1]) if self.scale is None else self.scale
-        return (widened(a) * scale) @ widened(b).mT
+        return product(widened(a) * scale, widened(b).mT)
 
 
 class AdditivePair(NamedTuple):
-    """Σ_h v_h · activation(a_ih + b_jh), with one row of v for each head: (heads, D)."""
+    """Σ_h v_h · activation(a_ih + b_jh)."""
 
-    v: Tensor
+    v: Tensor  # (1, D) for all heads, or (heads, 1, 1, D)
     activation: str = "tanh"
     negative_slope: float = 0.2
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         features = activate(self, widened(a).unsqueeze(-2) + widened(b).unsqueeze(-3))
-        return (features * widened(self.v).reshape(-1, 1, 1, self.v.shape[-1])).sum(-1)
+        return (features * widened(self.v)).sum(-1)
 
 
 class L1Pair(NamedTuple):
@@ -140,12 +140,21 @@ def attend(
     p = weights(query, key, pair, allowed, bias, normalize)
     if kept is not None:
         p = p * kept
-    return (p @ widened(per_query_head(value, query))).to(value.dtype)
+    return product(p, widened(per_query_head(value, query))).to(value.dtype)
 
 
 def widened(x: Tensor) -> Tensor:
     """x in at least float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own precision, which autocast would lower."""
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+    plain = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0]
+    return torch.bmm(a, b) if plain else a @ b  # the same, without looking for what to broadcast
 
 
 def per_query_head(x: Tensor, query: Tensor) -> Tensor:

@@ -204,7 +204,9 @@ class Additive(Score):
         self.W_q = _linear(query_dim, heads * hidden_dim, bias)
         self.W_k = _linear(key_dim, heads * hidden_dim, bias=False)
         self.w_v = nn.Linear(hidden_dim, heads, bias=False)
-        self.g = nn.Parameter(self.w_v.weight.detach().norm(dim=-1)) if weight_norm else None
+        self.g = None
+        if weight_norm:
+            self.g = nn.Parameter(self.w_v.weight.detach().norm(dim=-1))
 
     def project_query(self, query: Tensor) -> Tensor:
         return self._per_head(self.W_q(query))
@@ -216,6 +218,8 @@ class Additive(Score):
         v = self.w_v.weight
         if self.g is not None:
             v = F.normalize(v, dim=-1) * self.g.unsqueeze(-1)
+        if self.heads > 1:
+            v = v[:, None, None]
         return AdditivePair(v, self.activation, self.negative_slope)
 
     def _per_head(self, x: Tensor) -> Tensor:

@@ -83,12 +83,16 @@ def _never_empty(interval: Interval) -> bool:
 
 
 def _seen_in(intervals: Intervals, grid: Grid) -> Tensor | None:
-    hulls = [_hull(interval, grid) for interval in intervals]
-    if any(hull is not None and _is_everything(hull, grid) for hull in hulls):
-        return None
-    if None in hulls:
-        return _covered(intervals, grid)
-    return grid.within(tuple(hull for hull in hulls if hull is not None))
+    hulls = []
+    for interval in intervals:
+        hull = _hull(interval, grid)
+        if hull is None:
+            return _covered(intervals, grid)
+        low, high, _ = hull
+        if isinstance(high, int) and isinstance(low, int) and low <= 0 and high >= grid.keys:
+            return None
+        hulls.append(hull)
+    return grid.within(hulls)
 
 
 def _hull(interval: Interval, grid: Grid) -> Interval | None:
@@ -108,11 +112,6 @@ def _hull(interval: Interval, grid: Grid) -> Interval | None:
 
 def _extreme(bound: Bound, how: str) -> Bound:
     return getattr(bound, how)(-2, keepdim=True) if isinstance(bound, Tensor) and bound.dim() > 1 else bound
-
-
-def _is_everything(hull: Interval, grid: Grid) -> bool:
-    low, high, _ = hull
-    return isinstance(low, int) and isinstance(high, int) and low <= 0 and high >= grid.keys
 
 
 def _covered(intervals: Intervals, grid: Grid) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import regard
@@ -35,8 +36,8 @@ Words = Mapping[str, Sequence[Sounds]]
 
 def train(model: Pronouncer, examples: Sequence[tuple[str, Sounds]], steps: int, seed: int) -> int:
     """Take steps of Adam on batches of examples; return how many, fewer than asked after Ctrl-C."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))  # warm up, then down to 0
     bar = tqdm(batches(examples, seed), model.score_name, total=steps, unit="step", disable=None)
     done = 0
     try:
@@ -141,23 +142,21 @@ def evaluate(model: Pronouncer, words: Words, batch: int = 512) -> ErrorRates:
 
 def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str]) -> Figure:
     """Heatmaps of what each sound looked at: the words side by side, a row of them for each model with attention."""
-    across = 3 if len(results) == 1 else 6
-    blocks = [words[start : start + across] for start in range(0, len(words), across)]
-    rows = [(model, rates, block) for block in blocks for model, rates in results if model.score is not None]
-    columns, longest = len(blocks[0]), max(map(len, words))
-    size = (columns * (0.28 * longest + 1.0) + 1.5, len(rows) * (0.28 * longest + 0.9))  # inches
-    figure = Figure(figsize=size, layout="constrained")
+    columns = min(len(words), 3 if len(results) == 1 else 6)
+    blocks = [words[start : start + columns] for start in range(0, len(words), columns)]
+    rows = [(model, block, model.pronounce(block)) for block in blocks for model, _ in results if model.score]
+    letters, sounds = max(map(len, words)), max(len(each) for _, _, said in rows for each in said)
+    inches = (columns * (0.3 * letters + 0.7) + 1.5, len(rows) * (0.3 * sounds + 0.7) + 0.2 * len(results) + 0.4)
+    figure = Figure(inches, layout="constrained")
+    figure.suptitle("\n".join(f"{model.score_name}: {rates} of held-out words" for model, rates in results))
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (model, rates, block) in zip(grid, rows, strict=True):
-        pronunciations = model.pronounce(block)
-        maps = zip(block, pronunciations, model.alignments(block, pronunciations), strict=True)
-        for ax, (word, sounds, weights) in zip(axes, maps, strict=False):
-            heatmap(weights, sounds, word, ax=ax, vmax=1.0, colorbar=False)
-            ax.set(title=word, xlabel="", ylabel="", anchor="N")
-        axes[0].set_ylabel(f"{model.score_name}\nPER {rates.per:.1f} %, WER {rates.wer:.1f} %")
+    for axes, (model, block, said) in zip(grid, rows, strict=True):
+        for ax, word, each, weights in zip(axes, block, said, model.alignments(block, said), strict=False):
+            heatmap(weights, each, word, ax=ax, vmax=1.0, colorbar=False)
+            ax.set(title=word, xlabel="", ylabel=model.score_name if ax is axes[0] else "", anchor="NW")
         for ax in axes[len(block) :]:
             ax.set_axis_off()
-    figure.colorbar(grid[0, 0].images[0], ax=grid, label="attention weight", shrink=0.6)
+    figure.colorbar(grid[0, 0].images[0], ax=grid, label="attention weight", panchor=False)
     figure.supxlabel("letters")
     figure.supylabel("sounds")
     return figure
@@ -215,6 +214,9 @@ def demo(
             print(f"{learnt.model.score_name}: {learnt.steps:,} steps, {rates} of held-out words", flush=True)
             results.append((learnt.model, rates))
         print("", table(results, words, known), "", sep="\n")
+        if all(model.score is None for model, _ in results):
+            print("no attention, so no pictures of it")
+            return
         figure = draw(results, words)
         for kind, metadata in ("png", {}), ("svg", {"Date": None}):
             with replacing(out / f"alignment.{kind}") as part, mpl.rc_context({"svg.hashsalt": "regard"}):

@@ -349,11 +349,14 @@ def _families(text: str) -> list[str] | None:
     missing = {character for character in text if character.isprintable()} - drawn(families)
     if not missing:
         return None
-    installed = {font.name for font in fontManager.ttflist}
-    placeholders = sorted(name for name in installed if name.startswith("Last Resort"))  # a box for any character
-    others = installed.difference(placeholders)
-    for name in sorted(others, key=lambda name: ("Sans CJK SC" not in name, "Sans" not in name, name)):
-        if missing and (found := missing & drawn([name])):
+    ranked = sorted(  # regular weights first, Chinese in a plain sans-serif, then any
+        fontManager.ttflist,
+        key=lambda font: (font.weight != 400, "Sans CJK SC" not in font.name, "Sans" not in font.name, font.name),
+    )
+    names = dict.fromkeys(font.name for font in ranked)
+    placeholders = [name for name in names if name.startswith("Last Resort")]  # a box for any character
+    for name in names:
+        if missing and name not in placeholders and (found := missing & drawn([name])):
             families, missing = [*families, name], missing - found
     if missing:
         message = f"no installed font draws {' '.join(sorted(missing))}; install one, such as Noto Sans CJK, and delete"

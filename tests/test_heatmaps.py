@@ -1,0 +1,597 @@
+"""Heatmaps: what the artists hold, which is what a reader of the picture sees."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import itertools
+import tracemalloc
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
+from matplotlib.image import AxesImage
+
+from regard.look import heatmap, heatmaps, show_heatmaps
+
+CAUSAL = np.tril(np.ones((6, 6), dtype=bool))
+
+
+@pytest.fixture(autouse=True)
+def closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def softmax(*shape: int, keep: Any = True, seed: int = 0) -> np.ndarray:
+    scores = np.exp(2 * np.random.default_rng(seed).standard_normal(shape)) * keep
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def image_of(ax: Axes) -> AxesImage:
+    (image,) = ax.images
+    return image
+
+
+def cells_of(ax: Axes) -> np.ndarray:
+    array = image_of(ax).get_array()
+    assert array is not None
+    return np.ma.filled(array, np.nan)
+
+
+def scale_of(ax: Axes) -> tuple[float, float]:
+    low, high = image_of(ax).get_clim()
+    assert low is not None
+    assert high is not None
+    return low, high
+
+
+def ticks_of(ax: Axes, axis: str) -> dict[float, str]:
+    labels = ax.get_xticklabels() if axis == "x" else ax.get_yticklabels()
+    places = ax.get_xticks() if axis == "x" else ax.get_yticks()
+    return dict(zip(places, (label.get_text() for label in labels), strict=True))
+
+
+def notes_of(ax: Axes) -> str:
+    return "\n".join(text.get_text() for text in ax.texts if ":" in text.get_text())
+
+
+def values_of(ax: Axes) -> dict[tuple[int, int], str]:
+    """Return the texts in the cells, by (row, column)."""
+    texts = [text for text in ax.texts if ":" not in text.get_text()]
+    return {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in texts}
+
+
+def drawn(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    return figure
+
+
+def drawn_colours(ax: Axes) -> np.ndarray:
+    """Return the RGBA pixels that the map's image gives to the renderer."""
+    figure = drawn(ax)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return np.asarray(image_of(ax).make_image(renderer)[0])
+
+
+def has_colour(pixels: np.ndarray, ax: Axes, value: float) -> bool:
+    colour = image_of(ax).to_rgba(np.array([[value]]), bytes=True)[0, 0]
+    return bool((np.abs(pixels.astype(int) - colour).max(-1) <= 2).any())
+
+
+# --- show_heatmaps
+
+
+def test_panels_share_the_scale_of_the_one_colour_bar():
+    matrices = np.zeros((1, 2, 3, 3))
+    matrices[0, 0], matrices[0, 1] = 0.1 * np.eye(3), np.eye(3)
+    figure = show_heatmaps(matrices, "Keys", "Queries")
+    weak, strong, bar = figure.axes
+    assert scale_of(weak) == scale_of(strong) == (0.0, 1.0)
+    assert bar.get_ylim() == (0.0, 1.0)
+    assert (image_of(weak).to_rgba(cells_of(weak))[0, 0] != image_of(strong).to_rgba(cells_of(strong))[0, 0]).any()
+    assert image_of(weak).get_cmap().name == "Reds"
+
+
+def test_scale_holds_zero_and_values_below_it():
+    def scale(matrix: Any) -> tuple[float, float]:
+        return scale_of(show_heatmaps(matrix, "", "").axes[0])
+
+    assert scale([[0.5, 0.5]]) == (0.0, 0.5)
+    assert scale([[-0.5, 0.25]]) == (-0.5, 0.25)
+    assert scale([[-0.5, -0.25]]) == (-0.5, 0.0)
+    assert scale([[0.0, 0.0]]) == (0.0, 1.0)
+    assert scale([[np.nan, np.nan]]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((2, 3, 4, 5), (2, 3)), ((3, 4, 5), (1, 3)), ((4, 5), (1, 1))])
+def test_two_to_four_dimensions_fill_the_grid_in_order(shape: tuple[int, ...], grid: tuple[int, int]):
+    matrices = softmax(*shape)
+    *panels, _ = show_heatmaps(matrices, "Keys", "Queries").axes
+    assert len(panels) == grid[0] * grid[1]
+    for number, ax in enumerate(panels):
+        spec = ax.get_subplotspec()
+        assert spec is not None
+        assert (spec.rowspan.start, spec.colspan.start) == divmod(number, grid[1])
+        np.testing.assert_array_equal(cells_of(ax), matrices.reshape(-1, 4, 5)[number])
+
+
+def test_labels_stand_at_the_edges_and_titles_over_columns():
+    *panels, _ = show_heatmaps(softmax(2, 3, 4, 5), "Keys", "Queries", titles=["one", "two"], figsize=(7, 3.5)).axes
+    assert [ax.get_xlabel() for ax in panels] == ["", "", "", "Keys", "Keys", "Keys"]
+    assert [ax.get_ylabel() for ax in panels] == ["Queries", "", "", "Queries", "", ""]
+    assert [ax.get_title() for ax in panels] == ["one", "two", "", "", "", ""]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 10), (1, 1, 10, 10), (2, 4, 8, 12), (4, 1, 9, 3)])
+def test_colour_bar_overlaps_no_panel(shape: tuple[int, ...]):
+    figure = show_heatmaps(softmax(*shape), "Keys", "Queries", figsize=(1.2 + 1.3 * shape[1], 1.2 + 1.3 * shape[0]))
+    figure.draw_without_rendering()
+    *panels, bar = [ax.get_tightbbox() for ax in figure.axes]
+    assert bar is not None
+    assert all(not bar.overlaps(panel) for panel in panels if panel is not None)
+    assert bar.x1 <= figure.bbox.x1
+
+
+def test_show_heatmaps_hands_pyplot_its_figure():
+    figure = show_heatmaps(torch.eye(10).reshape(1, 1, 10, 10), xlabel="Keys", ylabel="Queries")
+    assert plt.figure(plt.get_fignums()[0]) is figure
+    assert tuple(figure.get_size_inches()) == (2.5, 2.5)
+
+
+def test_show_heatmaps_hatches_nan_and_says_so():
+    figure = show_heatmaps([[0.5, np.nan], [0.0, 1.0]], "Keys", "Queries")
+    assert figure.axes[0].patch.get_hatch()
+    assert figure.get_supxlabel() == "hatched: masked or NaN"
+    assert show_heatmaps(np.eye(2), "Keys", "Queries").get_supxlabel() == ""
+
+
+# --- What can be passed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
+def test_tensors_of_any_dtype(dtype: torch.dtype, device: str):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    weights = torch.tensor([[0, 1, 0], [0.5, 0.25, 1]]).to(device, dtype)
+    expected = weights.cpu().double().numpy()
+    np.testing.assert_array_equal(cells_of(heatmap(weights)), expected)
+    np.testing.assert_array_equal(cells_of(show_heatmaps(weights, "", "").axes[0]), expected)
+
+
+def test_tensors_with_gradients_strides_and_lists_of_them():
+    weights = torch.rand(3, 2, requires_grad=True)
+    expected = weights.detach().double().numpy()
+    np.testing.assert_array_equal(cells_of(heatmap(weights.T)), expected.T)
+    np.testing.assert_array_equal(
+        cells_of(heatmap(list(weights.bfloat16().float()))), cells_of(heatmap(weights.bfloat16()))
+    )
+    np.testing.assert_array_equal(cells_of(heatmap(weights.tolist())), expected)
+    np.testing.assert_array_equal(cells_of(show_heatmaps([weights, 2 * weights], "", "").axes[1]), 2 * expected)
+
+
+@pytest.mark.parametrize("norm", ["linear", "log", "uniform"])
+def test_nothing_of_the_caller_is_written_to(norm: Any):
+    weights, mask = np.where(CAUSAL, softmax(6, 6, keep=CAUSAL), np.nan), CAUSAL.copy()
+    tensor = torch.from_numpy(weights.copy())
+    weights.setflags(write=False)
+    mask.setflags(write=False)
+    drawn(heatmap(weights, norm=norm, mask=mask))
+    show_heatmaps(weights, "", "").draw_without_rendering()
+    heatmap(tensor, norm=norm, mask=mask)
+    np.testing.assert_array_equal(tensor.numpy(), weights)
+    cells_of(heatmap(tensor))[:] = 7.0
+    np.testing.assert_array_equal(tensor.numpy(), weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "names"),
+    [
+        ({"weights": np.ones((1, 2, 2))}, ValueError, ["weights", "(1, 2, 2)", "(queries, keys)"]),
+        ({"weights": np.ones((0, 2))}, ValueError, ["weights", "(0, 2)"]),
+        ({"weights": [[1.0], [1.0, 2.0]]}, ValueError, ["weights", "no regular array"]),
+        ({"weights": np.ones((2, 2), complex)}, TypeError, ["weights", "complex128", "real"]),
+        ({"weights": torch.ones(2, 2, dtype=torch.complex64)}, TypeError, ["weights", "complex64", "real"]),
+        ({"weights": [["a", "b"]]}, TypeError, ["weights", "<U1"]),
+        ({"weights": [[1.0, np.inf]]}, ValueError, ["weights", "infinity", "rows 0"]),
+        ({"weights": [[1.0, -0.25]], "norm": "log"}, ValueError, ["weights", "-0.25", "'log'"]),
+        ({"weights": [[1.0, -0.25]], "norm": "uniform"}, ValueError, ["weights", "-0.25", "'uniform'"]),
+        ({"norm": "square"}, ValueError, ["norm", "'square'", "'linear', 'log', 'uniform'"]),
+        ({"query_tokens": ["a"]}, ValueError, ["query_tokens", "1 tokens", "2"]),
+        ({"key_tokens": "abcd"}, ValueError, ["key_tokens", "4 tokens", "3"]),
+        ({"mask": np.ones((2, 3))}, TypeError, ["mask", "float64", "bool"]),
+        ({"mask": np.ones((3, 2), bool)}, ValueError, ["mask", "(3, 2)", "(2, 3)"]),
+        ({"vmax": 0.0}, ValueError, ["vmax", "0.0"]),
+        ({"vmax": float("nan")}, ValueError, ["vmax", "nan"]),
+        ({"vmax": 1.0, "norm": "uniform"}, ValueError, ["vmax", "1.0", "above 1"]),
+    ],
+)
+def test_heatmap_refuses(arguments: dict[str, Any], error: type[Exception], names: list[str]):
+    with pytest.raises(error) as caught:
+        heatmap(**{"weights": np.ones((2, 3)), **arguments})
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "names"),
+    [
+        ({"matrices": np.ones(3)}, ValueError, ["matrices", "(3,)", "(rows, columns, queries, keys)"]),
+        ({"matrices": np.ones((1, 1, 1, 2, 2))}, ValueError, ["matrices", "(1, 1, 1, 2, 2)"]),
+        ({"matrices": np.ones((2, 0, 3, 3))}, ValueError, ["matrices", "(2, 0, 3, 3)"]),
+        ({"matrices": [[-np.inf, 0.0]]}, ValueError, ["matrices", "infinity"]),
+        ({"matrices": None}, TypeError, ["matrices", "object"]),
+        ({"titles": ["a", "b"]}, ValueError, ["titles", "2", "1"]),
+    ],
+)
+def test_show_heatmaps_refuses(arguments: dict[str, Any], error: type[Exception], names: list[str]):
+    with pytest.raises(error) as caught:
+        show_heatmaps(**{"matrices": np.ones((2, 2)), "xlabel": "", "ylabel": "", **arguments})
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+    assert not plt.get_fignums()
+
+
+# --- Scales
+
+
+def test_linear_runs_from_zero_to_the_largest_weight_or_vmax():
+    weights = [[0.2, 0.5], [0.3, 0.4]]
+    assert scale_of(heatmap(weights)) == (0.0, 0.5)
+    assert scale_of(heatmap(weights, vmax=1.0)) == (0.0, 1.0)
+    assert heatmap(weights, vmax=1.0).figure.axes[1].get_ylabel() == "attention weight"
+
+
+@pytest.mark.parametrize(
+    ("norm", "vmax", "beyond"),
+    [("linear", None, "neither"), ("linear", 0.4, "max"), ("log", None, "min"), ("log", 0.4, "both")],
+)
+def test_colour_bar_points_beyond_its_ends(norm: Any, vmax: float | None, beyond: str):
+    bar = image_of(heatmap([[0.2, 0.5]], norm=norm, vmax=vmax)).colorbar
+    assert bar is not None
+    assert bar.extend == beyond
+
+
+def test_log_spans_four_decades_and_keeps_zero_apart_from_masked():
+    ax = heatmap([[0.5, 5e-3, 5e-5, 0.0, np.nan]], norm="log")
+    assert scale_of(ax) == pytest.approx((5e-5, 0.5))
+    assert np.asarray(image_of(ax).norm(np.array([0.5, 5e-3, 5e-5]))) == pytest.approx([1.0, 0.5, 0.0])
+    colours = image_of(ax).to_rgba(cells_of(ax))[0]
+    np.testing.assert_array_equal(colours[3], colours[2])
+    assert colours[3, 3] == 1.0
+    assert colours[4, 3] == 0.0
+    assert scale_of(heatmap([[0.0, 0.0]], norm="log")) == pytest.approx((1e-4, 1.0))
+
+
+def test_uniform_compares_the_rows_of_a_causal_map():
+    even = CAUSAL / CAUSAL.sum(1, keepdims=True)
+    ax = heatmap(even, norm="uniform", mask=CAUSAL)
+    np.testing.assert_allclose(cells_of(ax), np.where(CAUSAL, 1.0, np.nan))
+    assert np.asarray(image_of(ax).norm(np.ones(1))) == pytest.approx([0.5])
+    assert ax.figure.axes[1].get_ylabel() == "weight × visible keys"
+
+    weights = softmax(6, 6, keep=CAUSAL)
+    expected = np.where(CAUSAL, weights * np.arange(1, 7)[:, None], np.nan)
+    np.testing.assert_allclose(cells_of(heatmap(weights, norm="uniform", mask=torch.from_numpy(CAUSAL))), expected)
+    np.testing.assert_allclose(cells_of(heatmap(np.where(CAUSAL, weights, np.nan), norm="uniform")), expected)
+    low, high = scale_of(heatmap([[1.0] + 49 * [0.0]], norm="uniform"))
+    assert (low, high) == pytest.approx((0.02, 50.0))
+
+
+# --- Masked
+
+
+def test_masked_differs_from_zero_and_is_named():
+    weights = np.array([[0.0, 0.6, 0.4], [0.5, 0.5, 9.0]])
+    ax = heatmap(weights, mask=[[True, True, True], [True, True, False]])
+    np.testing.assert_array_equal(cells_of(ax), [[0.0, 0.6, 0.4], [0.5, 0.5, np.nan]])
+    assert scale_of(ax) == (0.0, 0.6)
+    zero, masked = (image_of(ax).to_rgba(cells_of(ax))[at] for at in ((0, 0), (1, 2)))
+    assert zero[3] == 1.0
+    assert masked[3] == 0.0  # lets the hatched background through
+    assert ax.patch.get_hatch()
+    assert notes_of(ax) == "hatched: masked or NaN"
+    assert (1, 2) not in values_of(ax)
+    assert values_of(ax)[0, 0] == "0"
+
+
+def test_nothing_masked_is_not_hatched():
+    ax = heatmap(np.eye(3), mask=np.ones(3, bool))
+    assert not ax.patch.get_hatch()
+    assert notes_of(ax) == ""
+
+
+def test_a_row_that_may_attend_nothing_and_a_map_of_nothing():
+    keep = np.array([[True], [False]])
+    assert np.isnan(cells_of(heatmap(np.ones((2, 3)), mask=keep))[1]).all()
+    for norm in ("linear", "log", "uniform"):
+        ax = heatmap(np.full((2, 2), np.nan), norm=norm)
+        drawn(ax)
+        assert np.isnan(cells_of(ax)).all()
+        assert values_of(ax) == {}
+
+
+# --- More cells than the picture has room for
+
+
+def test_large_maps_are_pooled_by_their_maximum():
+    weights = np.full((2001, 4001), 1e-4, np.float32)
+    weights[:, 7] = 1.0  # a sink
+    weights[1234, 3000] = 0.5  # a single edge
+    weights[2000, 4000] = 0.25  # in the last, smaller blocks
+    ax = heatmap(weights)
+    cells = cells_of(ax)
+    assert cells.shape == (1001, 1334)
+    assert (cells[:, 7 // 3] == 1.0).all()
+    assert cells[1234 // 2, 3000 // 3] == 0.5
+    assert cells[-1, -1] == 0.25
+    assert (cells > 0.1).sum() == 1001 + 2
+    assert "shown: the largest of each 2 × 3 block" in notes_of(ax)
+    figure = show_heatmaps(weights, "Keys", "Queries")
+    np.testing.assert_array_equal(cells_of(figure.axes[0]), cells)
+    assert "2 × 3 block" in figure.get_supxlabel()
+
+
+def test_pooled_maps_keep_their_own_indices():
+    ax = heatmap(np.ones((2001, 4001), np.float32), key_tokens=map(str, range(4001)))
+    assert ax.get_xlim() == (-0.5, 4000.5)
+    assert ax.get_ylim() == (2000.5, -0.5)
+    assert image_of(ax).get_extent() == [-0.5, 3 * 1334 - 0.5, 2 * 1001 - 0.5, -0.5]
+    assert all(int(label) == place for place, label in ticks_of(ax, "x").items())
+    assert max(ax.get_yticks()) > 1001
+
+
+def test_pooling_ignores_what_is_masked():
+    weights, mask = np.full((2, 2500), 0.1), np.ones((2, 2500), bool)
+    weights[0, 10], mask[0, 10] = 0.9, False  # half of its block
+    mask[1, 20:22] = False  # a whole block
+    cells = cells_of(heatmap(weights, mask=mask))
+    assert cells[0, 5] == 0.1
+    assert np.isnan(cells[1, 10])
+    assert np.isnan(cells).sum() == 1
+
+
+def test_a_side_of_two_thousand_is_not_pooled():
+    ax = heatmap(softmax(3, 2000))
+    np.testing.assert_array_equal(cells_of(ax), softmax(3, 2000))
+    assert "block" not in notes_of(ax)
+
+
+@pytest.mark.parametrize("dpi", [60, 100, 173])
+def test_no_pixel_hides_a_peak(dpi: int):
+    weights = np.full((1500, 1500), 1e-3)
+    weights[:, 0] = 1.0
+    weights[701, 902] = 0.6
+    figure = Figure(figsize=(3, 3), dpi=dpi)
+    ax = heatmap(weights, ax=figure.subplots())
+    pixels = drawn_colours(ax)
+    assert has_colour(pixels, ax, 1.0)
+    assert has_colour(pixels, ax, 0.6)
+    assert notes_of(ax) == "shown: the largest of each pixel"
+    assert max(spine.zorder for spine in ax.spines.values()) < image_of(ax).zorder  # the frame covers no column
+
+    plain = Figure(figsize=(3, 3), dpi=dpi).subplots()
+    plain.imshow(weights, vmin=0)
+    assert not has_colour(drawn_colours(plain), plain, 0.6)
+
+
+def test_drawing_leaves_the_cells_and_zooming_in_shows_them_singly():
+    weights = np.zeros((1500, 1500))
+    weights[::2] = 1.0
+    ax = heatmap(weights, ax=Figure(figsize=(3, 3)).subplots())
+    assert not has_colour(drawn_colours(ax), ax, 0.0)  # every pixel holds an odd row too
+    np.testing.assert_array_equal(cells_of(ax), weights)
+    ax.set(xlim=(-0.5, 19.5), ylim=(19.5, -0.5))
+    assert has_colour(drawn_colours(ax), ax, 0.0)
+
+
+def test_a_map_of_4096_takes_little_memory():
+    weights = np.full((4096, 4096), 1e-4, np.float32)
+    tracemalloc.start()
+    ax = heatmap(weights, norm="uniform", mask=np.ones((1, 4096), bool))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert cells_of(ax).shape == (1366, 1366)
+    assert peak < 2.0 * weights.nbytes
+
+
+# --- Values
+
+
+def test_small_maps_show_their_values():
+    weights = [[0.994, 1.0, 0.0], [0.004, 0.125, np.nan]]
+    expected = {(0, 0): "0.99", (0, 1): "1", (0, 2): "0", (1, 0): "<0.01", (1, 1): "0.12"}
+    assert values_of(heatmap(weights)) == expected
+    assert values_of(heatmap([[-0.5, 0.996]])) == {(0, 0): "-0.50", (0, 1): "1.00"}
+
+
+def test_values_are_left_out_where_they_do_not_fit():
+    assert len(values_of(heatmap(softmax(12, 12)))) == 144
+    assert values_of(heatmap(softmax(12, 13))) == {}
+    assert values_of(heatmap(softmax(12, 12), ax=Figure(figsize=(2, 2)).subplots())) == {}
+
+
+@pytest.mark.parametrize("cmap", ["viridis", "Reds", "Greys", "coolwarm"])
+def test_values_can_be_read_on_their_cells(cmap: str):
+    def luminance(colour: Any) -> float:
+        rgb = np.asarray(to_rgb(colour))
+        return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
+
+    ax = heatmap(np.linspace(0, 1, 144).reshape(12, 12), cmap=cmap)
+    colours = image_of(ax).to_rgba(cells_of(ax))
+    assert len(ax.texts) == 144
+    for text in ax.texts:
+        column, row = text.get_position()
+        low, high = sorted([luminance(text.get_color()), luminance(tuple(colours[round(row), round(column)]))])
+        assert (high + 0.05) / (low + 0.05) > 4.0
+
+
+# --- Tokens
+
+
+def test_tokens_label_both_axes():
+    ax = heatmap(softmax(2, 3), ["le", "chat"], ("the", "cat", 3))
+    assert ticks_of(ax, "y") == {0: "le", 1: "chat"}
+    assert ticks_of(ax, "x") == {0: "the", 1: "cat", 2: "3"}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("keys", "queries")
+
+
+def test_without_tokens_ticks_are_whole_indices():
+    ax = heatmap(softmax(3, 4))
+    drawn(ax)
+    for ticks in (ax.get_xticks(), ax.get_yticks()):
+        np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
+def test_tokens_that_do_not_fit_are_thinned_evenly_and_it_is_said():
+    tokens = [f"t{i}" for i in range(300)]
+    ax = heatmap(softmax(2, 300), ["a", "b"], tokens)
+    ticks = ticks_of(ax, "x")
+    every = int(list(ticks)[1])
+    assert every > 1
+    assert ticks == {i: tokens[i] for i in range(0, 300, every)}
+    assert f"labelled: 1 in {every} keys" in notes_of(ax)
+    assert "queries" not in notes_of(ax)
+    drawn(ax)
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(boxes))
+
+
+def test_long_tokens_are_turned():
+    ax = heatmap(softmax(3, 3), ["a"] * 3, ["incomprehensibilities"] * 3)
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {90.0}
+    assert {label.get_rotation() for label in ax.get_yticklabels()} == {0.0}
+    ax = heatmap(softmax(3, 3), ["a"] * 3, ["a"] * 3)
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {0.0}
+
+
+def test_tokens_are_drawn_literally():
+    tokens = ["$x$", r"\frac", "a_b^c", "{", "$", "#%&"]
+    ax = heatmap(softmax(6, 6), tokens, tokens)
+    for label in [*ax.get_xticklabels(), *ax.get_yticklabels()]:
+        assert not label.get_parse_math()
+        assert not label.get_usetex()
+    assert list(ticks_of(ax, "x").values()) == tokens
+    drawn(ax)  # `\frac` and a lone `{` are errors as formulas
+
+
+def test_tokens_that_cannot_be_seen_are_made_visible():
+    ax = heatmap(softmax(1, 6), key_tokens=["\n", "a\tb", " ", " the", "\ud83d", ""])
+    assert list(ticks_of(ax, "x").values()) == ["\\n", "a\\tb", "␣", " the", "\\ud83d", ""]
+
+
+# --- Fonts: each branch holds whatever fonts are installed
+
+
+def families_of(ax: Axes) -> set[tuple[str, ...]]:
+    return {tuple(label.get_fontfamily()) for label in ax.get_xticklabels()}
+
+
+DEFAULT = tuple(mpl.rcParams["font.family"])
+SCRIPT_G = "\u210a"  # comes with matplotlib: in STIXGeneral, not in DejaVu Sans
+
+
+def test_plain_tokens_keep_the_default_font():
+    assert families_of(heatmap(softmax(1, 2), key_tokens=["naïve", "λ"])) == {DEFAULT}
+
+
+def test_a_font_is_found_behind_the_default_one_for_the_artist_alone(monkeypatch: pytest.MonkeyPatch):
+    kept = [font for font in fontManager.ttflist if font.name in ("DejaVu Sans", "STIXGeneral")]
+    monkeypatch.setattr(fontManager, "ttflist", kept)
+    before = dict(mpl.rcParams)
+    ax = heatmap(softmax(1, 2), key_tokens=["a", SCRIPT_G])
+    ((*default, found),) = families_of(ax)
+    assert tuple(default) == DEFAULT
+    assert found == "STIXGeneral"
+    figure = show_heatmaps(softmax(1, 2), SCRIPT_G, "y", titles=["t"])
+    figure.savefig(io.BytesIO())  # a missing glyph would warn, and a warning is an error here
+    assert figure.axes[0].xaxis.label.get_fontfamily()[-1] == found
+    assert dict(mpl.rcParams) == before
+    assert families_of(heatmap(softmax(1, 2), key_tokens=["a", "b"])) == {DEFAULT}
+
+
+def test_chinese_tokens_take_an_installed_cjk_font(monkeypatch: pytest.MonkeyPatch):
+    charmaps = {"Noto Sans CJK SC": "注意力ab", "A Serif": "注意力", "Emoji": "😀", DEFAULT[0]: "ab"}
+    monkeypatch.setattr(fontManager, "ttflist", [FontEntry(fname=name, name=name, weight=400) for name in charmaps])
+    monkeypatch.setattr(heatmaps, "findfont", lambda font: font.get_family()[0])
+    monkeypatch.setattr(
+        heatmaps, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, charmaps[name])))
+    )
+    ax = heatmap(softmax(1, 3), key_tokens=["注意", "力", "a"])
+    assert families_of(ax) == {(*DEFAULT, "Noto Sans CJK SC")}
+    ax = heatmap(softmax(1, 2), key_tokens=["注意", "😀"])
+    assert families_of(ax) == {(*DEFAULT, "Noto Sans CJK SC", "Emoji")}
+
+
+def test_one_warning_names_what_no_font_draws(monkeypatch: pytest.MonkeyPatch):
+    kept = [font for font in fontManager.ttflist if font.name.startswith(("DejaVu Sans", "Last Resort"))]
+    monkeypatch.setattr(fontManager, "ttflist", kept)
+    with pytest.warns(UserWarning, match="力") as caught:
+        ax = heatmap(softmax(2, 3), ["力", "a"], ["注意", "力", "a"])
+    (warning,) = caught
+    assert "draws 力 意 注; install" in str(warning.message)
+    assert warning.filename == __file__
+    assert list(ticks_of(ax, "x").values()) == ["注意", "力", "a"]
+    with pytest.warns(UserWarning, match="键"):
+        show_heatmaps(softmax(2, 3), "键", "Queries")
+
+
+# --- Axes
+
+
+def test_heatmap_draws_on_the_given_axes_without_pyplot():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert heatmap(softmax(3, 3), ax=right, colorbar=False) is right
+    assert figure.axes == [left, right]
+    assert len(left.images) == 0
+    heatmap(softmax(3, 3), ax=left)
+    assert len(figure.axes) == 3
+    assert not plt.get_fignums()
+
+
+def test_heatmap_makes_its_own_axes():
+    current = plt.figure().subplots()
+    ax = heatmap(softmax(3, 3))
+    assert ax is not current
+    assert len(plt.get_fignums()) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 12), (10, 10), (40, 10), (10, 40)])
+def test_everything_stays_inside_its_own_figure(shape: tuple[int, int]):
+    ax = heatmap(
+        softmax(*shape),
+        [f"token{i}" for i in range(shape[0])],
+        ["tokens"] * shape[1],
+        norm="uniform",
+        mask=softmax(*shape) > 0.01,
+    )
+    figure = drawn(ax)
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= -0.01
+    assert box.y0 >= -0.01
+    assert box.x1 <= width + 0.01
+    assert box.y1 <= height + 0.01
+
+
+def test_examples_in_docstrings():
+    results = doctest.testmod(heatmaps)
+    assert results.attempted == 4
+    assert results.failed == 0
