@@ -27,7 +27,7 @@ Spoken = tuple[str, Sounds]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Score where the sounds of the demo look.")
     parser.add_argument("--from", dest="checkpoint", type=Path, required=True, metavar="CHECKPOINT")
     model = pronounce.load(parser.parse_args().checkpoint).model
     known = dictionary.read()
@@ -39,7 +39,9 @@ def main() -> int:
     worst = 100.0
     for name, pairs in ("the model's sounds", said), ("the dictionary's", written):
         attention, diagonal, sounds = shares(model, pairs, letters)
-        print(f"{model.score_name}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds")
+        print(
+            f"{model.score_name}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds"
+        )
         worst = min(worst, attention)
     return 0 if worst >= NEEDED else 1
 

@@ -82,11 +82,11 @@ def drawn(ax: Axes) -> Figure:
     return figure
 
 
-def drawn_colours(ax: Axes) -> np.ndarray:
+def drawn_colours(ax: Axes, magnification: float = 1.0) -> np.ndarray:
     """Return the RGBA pixels that the map's image gives to the renderer."""
     figure = drawn(ax)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    return np.asarray(image_of(ax).make_image(renderer)[0])
+    return np.asarray(image_of(ax).make_image(renderer, magnification)[0])
 
 
 def has_colour(pixels: np.ndarray, ax: Axes, value: float) -> bool:
@@ -136,6 +136,8 @@ def test_labels_stand_at_the_edges_and_titles_over_columns():
     assert [ax.get_xlabel() for ax in panels] == ["", "", "", "Keys", "Keys", "Keys"]
     assert [ax.get_ylabel() for ax in panels] == ["Queries", "", "", "Queries", "", ""]
     assert [ax.get_title() for ax in panels] == ["one", "two", "", "", "", ""]
+    assert all(ax.get_shared_x_axes().joined(ax, panels[0]) for ax in panels)
+    assert all(ax.get_shared_y_axes().joined(ax, panels[0]) for ax in panels)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 10), (1, 1, 10, 10), (2, 4, 8, 12), (4, 1, 9, 3)])
@@ -398,6 +400,7 @@ def test_drawing_leaves_the_cells_and_zooming_in_shows_them_singly():
     ax = heatmap(weights, ax=Figure(figsize=(3, 3)).subplots())
     assert not has_colour(drawn_colours(ax), ax, 0.0)  # every pixel holds an odd row too
     np.testing.assert_array_equal(cells_of(ax), weights)
+    assert has_colour(drawn_colours(ax, magnification=10), ax, 0.0)  # as a vector file may ask for
     ax.set(xlim=(-0.5, 19.5), ylim=(19.5, -0.5))
     assert has_colour(drawn_colours(ax), ax, 0.0)
 
@@ -485,11 +488,11 @@ def test_long_tokens_are_turned():
 def test_tokens_are_drawn_literally():
     tokens = ["$x$", r"\frac", "a_b^c", "{", "$", "#%&"]
     ax = heatmap(softmax(6, 6), tokens, tokens)
-    for label in [*ax.get_xticklabels(), *ax.get_yticklabels()]:
-        assert not label.get_parse_math()
-        assert not label.get_usetex()
+    assert not any(label.get_parse_math() for label in [*ax.get_xticklabels(), *ax.get_yticklabels()])
     assert list(ticks_of(ax, "x").values()) == tokens
     drawn(ax)  # `\frac` and a lone `{` are errors as formulas
+    with mpl.rc_context({"text.usetex": True}):
+        assert not any(label.get_usetex() for label in heatmap(softmax(1, 6), key_tokens=tokens).get_xticklabels())
 
 
 def test_tokens_that_cannot_be_seen_are_made_visible():
@@ -548,9 +551,12 @@ def test_one_warning_names_what_no_font_draws(monkeypatch: pytest.MonkeyPatch):
     (warning,) = caught
     assert "draws 力 意 注; install" in str(warning.message)
     assert warning.filename == __file__
+    placeholders = {font.name for font in kept if font.name.startswith("Last Resort")}
+    assert families_of(ax) == {(*DEFAULT, *placeholders)}
     assert list(ticks_of(ax, "x").values()) == ["注意", "力", "a"]
     with pytest.warns(UserWarning, match="键"):
         show_heatmaps(softmax(2, 3), "键", "Queries")
+    show_heatmaps(softmax(2, 3), "Keys\nof two lines", "Queries")  # a line break is no missing glyph
 
 
 # --- Axes
@@ -579,7 +585,7 @@ def test_everything_stays_inside_its_own_figure(shape: tuple[int, int]):
     ax = heatmap(
         softmax(*shape),
         [f"token{i}" for i in range(shape[0])],
-        ["tokens"] * shape[1],
+        ["incomprehensible"] * shape[1],
         norm="uniform",
         mask=softmax(*shape) > 0.01,
     )

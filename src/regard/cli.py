@@ -63,7 +63,7 @@ def parser() -> Parser:
     )
     option("--steps", type=count, metavar="N", help="batches to learn from (default: 2400)")
     option("--seed", type=count, metavar="N", help="one seed gives one result (default: 0)")
-    option("--words", type=str.split, metavar='"WORD WORD"', help="words to pronounce and draw")
+    option("--words", type=words, metavar='"WORD WORD"', help="words to pronounce and draw")
     option(
         "--from",
         dest="checkpoints",
@@ -80,7 +80,11 @@ def parser() -> Parser:
 
 
 def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return text.split(",")
+
+
+def words(text: str) -> list[str]:
+    return text.lower().split()
 
 
 def count(text: str) -> int:

@@ -94,7 +94,7 @@ def activate(pair: AdditivePair, x: Tensor) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """exp(s) / Σ exp(s) along the last dimension, and 0 in a row of −inf only."""
-    return torch._safe_softmax(scores, -1)
+    return torch.ops.aten._safe_softmax.default(scores, -1)
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:

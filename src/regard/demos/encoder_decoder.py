@@ -49,7 +49,7 @@ class Pronouncer(nn.Module):
         self.letter = nn.Embedding(len(LETTERS), embedding)
         self.sound = nn.Embedding(len(self.sounds), embedding)
         self.encoder = nn.GRU(embedding, hidden, batch_first=True, bidirectional=True)
-        self.both_ways = nn.Linear(2 * hidden, hidden)
+        self.summary = nn.Linear(2 * hidden, hidden)
         self.decoder = nn.GRU(embedding, hidden, batch_first=True)
         self.score = SCORES[score](hidden)
         self.combine = nn.Linear(2 * hidden, hidden)
@@ -61,8 +61,8 @@ class Pronouncer(nn.Module):
         embedded = self.letter(pad_sequence(letters, batch_first=True))
         packed, last = self.encoder(pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False))
         states, _ = pad_packed_sequence(packed, batch_first=True)
-        summary = torch.tanh(self.both_ways(torch.cat([last[0], last[1]], -1)))
-        return Memory(self.both_ways(states), lengths, summary)
+        forward, backward = states.chunk(2, dim=-1)
+        return Memory(forward + backward, lengths, torch.tanh(self.summary(torch.cat([*last], -1))))
 
     def decode(self, before: Tensor, memory: Memory, state: Tensor) -> tuple[Tensor, Tensor, regard.Attended | None]:
         """Logits of the sound after each of `before` (B, S), the decoder's last state, and what was looked at."""

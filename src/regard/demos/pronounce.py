@@ -13,6 +13,8 @@ from typing import NamedTuple
 import matplotlib as mpl
 import safetensors
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
@@ -94,8 +96,13 @@ def learn(score: str, words: Words, steps: int, seed: int) -> Learnt:
 
 def save(learnt: Learnt, path: Path) -> None:
     """Write a checkpoint: the parameters, and as metadata what else it takes to use them and to learn them again."""
+    with replacing(path) as part:  # one entry, since safetensors writes several in any order
+        save_file(learnt.model.state_dict(), part, {FORMAT: about(learnt)})
+
+
+def about(learnt: Learnt) -> str:
     model = learnt.model
-    about = {
+    facts = {
         "score": model.score_name,
         "embedding": model.letter.embedding_dim,
         "hidden": model.decoder.hidden_size,
@@ -106,22 +113,21 @@ def save(learnt: Learnt, path: Path) -> None:
         "cmudict": learnt.dictionary,
         "regard": regard.__version__,
     }
-    with replacing(path) as part:  # one entry, for safetensors writes several in any order
-        save_file(model.state_dict(), part, {FORMAT: json.dumps(about)})
+    return json.dumps(facts)
 
 
 def load(path: Path) -> Learnt:
     """Read a checkpoint; ValueError or OSError where it cannot be."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
-            parameters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        if about["letters"] != dictionary.LETTERS:
+            facts = json.loads((file.metadata() or {})[FORMAT])
+            parameters = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, it is no dict
+        if facts["letters"] != dictionary.LETTERS:
             raise ValueError("it was learnt with other letters")
         with torch.device("meta"):  # a size that does not fit the parameters must not cost its memory
-            model = Pronouncer(about["score"], about["sounds"], embedding=about["embedding"], hidden=about["hidden"])
+            model = Pronouncer(facts["score"], facts["sounds"], embedding=facts["embedding"], hidden=facts["hidden"])
         model.load_state_dict(parameters, assign=True)
-        return Learnt(model, about["steps"], about["seed"], about["cmudict"])
+        return Learnt(model, facts["steps"], facts["seed"], facts["cmudict"])
     except OSError as error:
         raise OSError(f"--from {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -144,19 +150,24 @@ def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str])
     """Heatmaps of what each sound looked at: the words side by side, a row of them for each model with attention."""
     columns = min(len(words), 3 if len(results) == 1 else 6)
     blocks = [words[start : start + columns] for start in range(0, len(words), columns)]
-    rows = [(model, block, model.pronounce(block)) for block in blocks for model, _ in results if model.score]
+    rows = [
+        (model, block, model.pronounce(block)) for block in blocks for model, _ in results if model.score is not None
+    ]
     letters, sounds = max(map(len, words)), max(len(each) for _, _, said in rows for each in said)
-    inches = (columns * (0.3 * letters + 0.7) + 1.5, len(rows) * (0.3 * sounds + 0.7) + 0.2 * len(results) + 0.4)
+    inches = (columns * (0.34 * letters + 0.7) + 1.5, len(rows) * (0.34 * sounds + 0.7) + 0.2 * len(results) + 0.4)
     figure = Figure(inches, layout="constrained")
     figure.suptitle("\n".join(f"{model.score_name}: {rates} of held-out words" for model, rates in results))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (model, block, said) in zip(grid, rows, strict=True):
         for ax, word, each, weights in zip(axes, block, said, model.alignments(block, said), strict=False):
-            heatmap(weights, each, word, ax=ax, vmax=1.0, colorbar=False)
+            if each:
+                heatmap(weights, each, word, ax=ax, vmax=1.0, cmap="viridis", colorbar=False)
+            else:
+                ax.set(xticks=[], yticks=[])
             ax.set(title=word, xlabel="", ylabel=model.score_name if ax is axes[0] else "", anchor="NW")
         for ax in axes[len(block) :]:
             ax.set_axis_off()
-    figure.colorbar(grid[0, 0].images[0], ax=grid, label="attention weight", panchor=False)
+    figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=grid, label="attention weight", panchor=False)
     figure.supxlabel("letters")
     figure.supylabel("sounds")
     return figure
