@@ -76,8 +76,8 @@ def values_of(ax: Axes) -> dict[tuple[int, int], str]:
 
 
 def drawn(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = ax.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     return figure
 

@@ -201,8 +201,8 @@ class Additive(Score):
         if heads < 1:
             raise ValueError(f"heads is {heads}; it must be 1 or more")
         self.heads, self.activation, self.negative_slope = heads, activation, negative_slope
-        self.W_q = _linear(query_dim, heads * hidden_dim, bias)
         self.W_k = _linear(key_dim, heads * hidden_dim, bias=False)
+        self.W_q = _linear(query_dim, heads * hidden_dim, bias)
         self.w_v = nn.Linear(hidden_dim, heads, bias=False)
         self.g = None
         if weight_norm:

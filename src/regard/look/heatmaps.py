@@ -138,21 +138,24 @@ def heatmap(
     cells = _cells(array, "weights", norm, mask)
     scale, beyond = _scale(norm, cells, vmax)
 
+    aspect = "equal" if 0.1 <= queries / keys <= 10 else "auto"
     if ax is None:
-        inches = min(0.45, 7.0 / max(shape))  # a cell
-        width = max(keys * inches, 2.0) + 1.5 + 0.1 * max(map(_ems, rows), default=2.0)
-        height = max(queries * inches, 1.5) + 0.8 + 0.1 * max(map(_ems, columns), default=2.0)
-        layout = "constrained" if queries * inches < 1.5 else "compressed"  # which makes the colour bar no taller
-        ax = plt.subplots(figsize=(width, height), layout=layout)[1]
+        inches = min(0.45, 7.0 / max(shape))  # a cell; a map of a few is stretched, so that its colour bar can be read
+        width, height = max(keys * inches, 2.0), max(queries * inches, 1.5)
+        aspect = height / queries / (width / keys)
+        width += 1.5 + 0.1 * max(map(_ems, rows), default=2.0)
+        height += 1.0 + 0.1 * max(map(_ems, columns), default=2.0)
+        ax = plt.subplots(figsize=(width, height), layout="compressed")[1]
     image = _draw(ax, cells, shape, scale, cmap)
+    ax.set_aspect(aspect)
     ax.set(xlabel="keys", ylabel="queries")
     if colorbar:
         form = None if norm == "linear" else "%g"
         ax.figure.colorbar(image, ax=ax, label=_SCALES[norm], extend=beyond, format=form)
 
-    across, down = 72 / ax.figure.dpi * ax.bbox.width / keys, 72 / ax.figure.dpi * ax.bbox.height / queries
-    if ax.get_aspect() != "auto":
-        across = down = min(across, down)  # points a cell
+    across, down = (72 / ax.figure.dpi * np.divide(ax.bbox.size, (keys, queries))).tolist()  # points a cell
+    if (aspect := ax.get_aspect()) != "auto":
+        across, down = min(across, down / aspect), min(down, across * aspect)
     if max(shape) <= _MOST_WRITTEN:
         _write_values(ax, image, cells, across)
     families = _families("".join(rows + columns))
