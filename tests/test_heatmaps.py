@@ -187,6 +187,8 @@ def test_tensors_with_gradients_strides_and_lists_of_them():
         cells_of(heatmap(list(weights.bfloat16().float()))), cells_of(heatmap(weights.bfloat16()))
     )
     np.testing.assert_array_equal(cells_of(heatmap(weights.tolist())), expected)
+    masked = np.ma.masked_less(expected, 0.5)
+    np.testing.assert_array_equal(cells_of(heatmap(masked)), np.where(expected < 0.5, np.nan, expected))
     np.testing.assert_array_equal(cells_of(show_heatmaps([weights, 2 * weights], "", "").axes[1]), 2 * expected)
 
 

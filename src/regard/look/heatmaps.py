@@ -30,11 +30,7 @@ if TYPE_CHECKING:
 _MOST_CELLS = 2000  # a side; a longer side is pooled
 _MOST_WRITTEN = 12  # a side; into a larger map no values are written
 _SMALLEST_TYPE = 6.0  # points
-_SCALES = {
-    "linear": "attention weight",
-    "log": "attention weight (log scale)",
-    "uniform": "weight × visible keys",
-}
+_SCALES = {"linear": "attention weight", "log": "attention weight (log scale)", "uniform": "weight × visible keys"}
 
 
 def show_heatmaps(
@@ -138,16 +134,17 @@ def heatmap(
     cells = _cells(array, "weights", norm, mask)
     scale, beyond = _scale(norm, cells, vmax)
 
-    aspect = "equal" if 0.1 <= queries / keys <= 10 else "auto"
+    stretch = None
     if ax is None:
         inches = min(0.45, 7.0 / max(shape))  # a cell; a map of a few is stretched, so that its colour bar can be read
         width, height = max(keys * inches, 2.0), max(queries * inches, 1.5)
-        aspect = height / queries / (width / keys)
+        stretch = height / queries / (width / keys)
         width += 1.5 + 0.1 * max(map(_ems, rows), default=2.0)
         height += 1.0 + 0.1 * max(map(_ems, columns), default=2.0)
         ax = plt.subplots(figsize=(width, height), layout="compressed")[1]
     image = _draw(ax, cells, shape, scale, cmap)
-    ax.set_aspect(aspect)
+    if stretch is not None:
+        ax.set_aspect(stretch)
     ax.set(xlabel="keys", ylabel="queries")
     if colorbar:
         form = None if norm == "linear" else "%g"
@@ -187,6 +184,8 @@ def _numpy(values: Any) -> NDArray[Any]:
     if hasattr(values, "detach"):  # a tensor: NumPy knows neither all of torch's dtypes nor its devices
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() and values.element_size() < 4 else values).numpy()
+    if isinstance(values, np.ma.MaskedArray):
+        return np.ma.filled(values.astype(np.float64), np.nan)
     if isinstance(values, list | tuple) and any(hasattr(value, "__len__") for value in values):
         values = [_numpy(value) for value in values]
     return np.asarray(values)
@@ -304,8 +303,10 @@ def _write_values(ax: Axes, image: AxesImage, cells: Any, room: float) -> None:
 
     texts = {at: written(value) for at, value in np.ndenumerate(cells) if not np.isnan(value)}
     size = min(9.0, 0.9 * room / max(map(_ems, texts.values()), default=1.0))
+    if size < _SMALLEST_TYPE:
+        return
     luminance = image.to_rgba(cells)[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
-    for (row, column), text in texts.items() if size >= _SMALLEST_TYPE else ():
+    for (row, column), text in texts.items():
         colour = "black" if luminance[row, column] > 0.18 else "white"  # at 0.18 both contrast alike
         ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 
