@@ -91,7 +91,9 @@ def main() -> int:
         took = seconds_per_call({"regard": change(ours), "naive": change(theirs)})
         ratio = took["regard"] / took["naive"]
         missed |= ratio > BAR
-        print(f"{what:18}  regard {took['regard'] * 1e6:6.1f} µs  naive {took['naive'] * 1e6:6.1f} µs  ratio {ratio:.2f}")
+        print(
+            f"{what:18}  regard {took['regard'] * 1e6:6.1f} µs  naive {took['naive'] * 1e6:6.1f} µs  ratio {ratio:.2f}"
+        )
     return int(missed)
 
 

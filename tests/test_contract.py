@@ -96,7 +96,7 @@ def dense(problem: Problem) -> Tensor:
 
 
 def masked(problem: Problem, keep: Tensor) -> Problem:
-    return problem._replace(intervals=None, seen=None, keep=keep)
+    return problem._replace(intervals=None, shared=None, keep=keep)
 
 
 def with_v(problem: Problem, change: Callable[[Tensor], Tensor]) -> Problem:
@@ -177,7 +177,9 @@ def test_scores_are_within_the_budget(name: str, offset: float, size: float) -> 
     }
     exact = (functions[name](x) * v.double()).sum(-1)
     largest = 1.0 if name in ("tanh", "sigmoid") else float(x.abs().max())  # unbounded activations scale the budget
-    assert float((scores - exact).abs().max()) <= 4 * torch.finfo(torch.float32).eps * (1 + float(v.abs().sum())) * largest
+    assert (
+        float((scores - exact).abs().max()) <= 4 * torch.finfo(torch.float32).eps * (1 + float(v.abs().sum())) * largest
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -280,7 +282,9 @@ def test_a_shared_key_is_blanked_only_where_no_sample_attends_it() -> None:
     query, lens = torch.randn(2, 1, 4), torch.tensor([1, 3])
     key = torch.randn(1, 5, 4)
     out = regard.attend(query, key, key, mask=regard.Lengths(lens))
-    whole = regard.attend(query, key.expand(2, 5, 4).contiguous(), key.expand(2, 5, 4).contiguous(), mask=regard.Lengths(lens))
+    whole = regard.attend(
+        query, key.expand(2, 5, 4).contiguous(), key.expand(2, 5, 4).contiguous(), mask=regard.Lengths(lens)
+    )
     torch.testing.assert_close(out, whole)
 
 
@@ -328,11 +332,13 @@ def test_heads_of_an_additive_score(impl: str) -> None:
     for head in range(3):
         rows = slice(8 * head, 8 * head + 8)
         v = score.w_v.weight[head]
-        one.load_state_dict({
-            "W_q.weight": score.W_q.weight[rows],
-            "W_k.weight": score.W_k.weight[rows],
-            "w_v.weight": (score.g[head] * v / v.norm())[None],
-        })
+        one.load_state_dict(
+            {
+                "W_q.weight": score.W_q.weight[rows],
+                "W_k.weight": score.W_k.weight[rows],
+                "w_v.weight": (score.g[head] * v / v.norm())[None],
+            }
+        )
         torch.testing.assert_close(out[:, head], regard.attend(query, key, value, one, mask, impl="reference"))
 
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from regard.attended import Attended
 from regard.functional import Explanation, attend, attention, explain, weights
 from regard.masks import Causal, Documents, Keep, Lengths, Mask, Prefix, Window
+from regard.modules import Attention, MultiHeadAttention
 from regard.normalizers import Entmax15, Normalizer, Sigmoid, Softmax, Sparsemax
 from regard.scores import Additive, Bilinear, Cosine, Dot, FunctionScore, GATv2, Gaussian, Laplace, ScaledDot, Score
 
@@ -12,6 +13,7 @@ __version__ = version("regard")
 __all__ = [
     "Additive",
     "Attended",
+    "Attention",
     "Bilinear",
     "Causal",
     "Cosine",
@@ -26,6 +28,7 @@ __all__ = [
     "Laplace",
     "Lengths",
     "Mask",
+    "MultiHeadAttention",
     "Normalizer",
     "Prefix",
     "ScaledDot",

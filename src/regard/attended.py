@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Attended:
         """(..., Lq): log Σ_j exp(s_ij) over the keys a row may attend, −inf for none; None unless softmax."""
         if not isinstance(self.problem.normalizer, Softmax):
             return None
-        return torch.cat(list(chunked.by_rows(self.problem, Problem.log_sum_exp)), -1)
+        return chunked.by_rows(self.problem, Problem.log_sum_exp).squeeze(-1)
 
     def weights(self, rows: Indices | None = None, heads: Indices | None = None) -> Tensor:
         """(..., rows, Lk): the weights of some query rows and heads (dimension −3), or of all of them.
@@ -45,16 +44,17 @@ class Attended:
         """
         if not 1 <= k <= self.problem.keys:
             raise ValueError(f"k is {k}; it must lie in 1 .. {self.problem.keys}, the number of keys")
-        largest = [block.topk(k) for block in chunked.by_rows(self.problem, Problem.weights)]
-        return torch.cat([each.values for each in largest], -2), torch.cat([each.indices for each in largest], -2)
+        with torch.no_grad():
+            keys = chunked.by_rows(self.problem, lambda block: block.weights().topk(k).indices)
+        return chunked.by_rows(self.problem, lambda block: block.weights().topk(k).values), keys
 
     def key_mass(self) -> Tensor:
         """(..., Lk): Σ_i p_ij, how much weight each key got from all rows together."""
-        return reduce(torch.add, chunked.by_rows(self.problem, _key_mass))
+        return chunked.summed_over_rows(self.problem, _key_mass).squeeze(-2)
 
     def entropy(self) -> Tensor:
         """(..., Lq): −Σ_j p_ij log p_ij in nats, 0 for a row that attends nothing."""
-        return torch.cat(list(chunked.by_rows(self.problem, _entropy)), -1)
+        return chunked.by_rows(self.problem, _entropy).squeeze(-1)
 
     def __repr__(self) -> str:
         problem = self.problem
@@ -65,9 +65,9 @@ class Attended:
 
 
 def _key_mass(block: Problem) -> Tensor:
-    return block.weights().sum(-2)
+    return block.weights().sum(-2, keepdim=True)
 
 
 def _entropy(block: Problem) -> Tensor:
     p = block.weights()
-    return -(p * p.masked_fill(p == 0, 1.0).log()).sum(-1)
+    return -(p * p.masked_fill(p == 0, 1.0).log()).sum(-1, keepdim=True)

@@ -190,8 +190,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Tensor | None = None) -> Tensor:
         """(B, Lq, num_hiddens)."""
         queries, keys, values = (
-            self.transpose_qkv(project(x))
-            for project, x in ((self.W_q, queries), (self.W_k, keys), (self.W_v, values))
+            self.transpose_qkv(project(x)) for project, x in ((self.W_q, queries), (self.W_k, keys), (self.W_v, values))
         )
         if valid_lens is not None:
             valid_lens = valid_lens.repeat_interleave(self.num_heads, dim=0)

@@ -19,7 +19,7 @@ from regard.masks import Grid, Keep, Mask, broadcasts
 from regard.normalizers import Normalizer, Softmax
 from regard.problem import Indices, Problem
 from regard.scores import ScaledDot, Score
-from regard.visible import blank, seeing_rows, seen_keys
+from regard.visible import blank, one_for_all, seeing_rows, seen_keys
 
 
 def attend(
@@ -165,7 +165,7 @@ def lower(
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     grid = _check(query, key, value, score, bias, dropout_p, enable_gqa)
-    intervals, keep, seen = None, None, None
+    intervals, keep, shared = None, None, None
     if mask is not None:
         intervals, keep = (mask if isinstance(mask, Mask) else Keep(mask)).lower(grid)
         seen = seen_keys(intervals, keep, grid)
@@ -173,6 +173,10 @@ def lower(
             column = seen.mT
             key, value = blank(key, column, score.heads), blank(value, column, score.heads)
         query = blank(query, seeing_rows(intervals, keep, grid), score.heads)
+        if one_for_all(intervals, keep):
+            shared = seen
+            if seen is None:
+                intervals, keep = None, None
     query, key = score.project_query(query), score.project_key(key)
     if score.heads > 1:
         value = value.unsqueeze(-3)
@@ -185,12 +189,10 @@ def lower(
         leading=grid.leading,
         intervals=intervals,
         keep=keep,
-        seen=seen,
+        shared=shared,
         bias=bias,
         dropout=Dropout(dropout_p, torch.randint(-(2**63), 2**63 - 1, ())) if dropout_p > 0 else None,
     )
-
-
 
 
 # --- Arguments.
@@ -262,7 +264,8 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
     except RuntimeError:
         raise ValueError(
             f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}, "
-            "whose leading dimensions do not broadcast" + ("" if enable_gqa else "; for fewer key-value heads pass enable_gqa=True")
+            "whose leading dimensions do not broadcast"
+            + ("" if enable_gqa else "; for fewer key-value heads pass enable_gqa=True")
         ) from None
 
 

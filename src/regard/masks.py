@@ -269,9 +269,7 @@ class Prefix(_Aligned):
             [1, 1, 1]], dtype=torch.int32)
     """
 
-    def __init__(
-        self, n: int | Tensor, *, align: Align = "lower_right", offset: int | Tensor | None = None
-    ) -> None:
+    def __init__(self, n: int | Tensor, *, align: Align = "lower_right", offset: int | Tensor | None = None) -> None:
         super().__init__(align, offset)
         self.n = n
 
@@ -485,9 +483,7 @@ def may_look_at(values: Tensor) -> bool:
 
 def broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape broadcasts to just the whole."""
-    return len(shape) <= len(whole) and all(
-        n in (1, m) for n, m in zip(reversed(shape), reversed(whole), strict=False)
-    )
+    return len(shape) <= len(whole) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(whole), strict=False))
 
 
 def _shown(values: int | Tensor | None) -> str:

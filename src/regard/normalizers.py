@@ -12,6 +12,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard import reference
 
@@ -104,7 +105,7 @@ _FLOOR = -1e4
 
 def _centred(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores with their row's largest at 0 and −inf at a finite floor, and which rows are empty (..., 1)."""
-    top = scores.detach().amax(-1, keepdim=True)
+    top = _largest(scores.detach())
     empty = top == -inf
     return (scores - top.masked_fill(empty, 0.0)).clamp(min=_FLOOR), empty
 
@@ -115,4 +116,9 @@ def _ranks(s: Tensor) -> Tensor:
 
 def _at_last(descending: Tensor, supported: Tensor) -> Tensor:
     """The smallest supported score of each row."""
-    return descending.masked_fill(~supported, inf).amin(-1, keepdim=True)
+    return -_largest(-descending.masked_fill(~supported, inf))
+
+
+def _largest(s: Tensor) -> Tensor:
+    """Of each row; −inf for a row of no keys."""
+    return F.pad(s, (0, 1), value=-inf).amax(-1, keepdim=True) if s.shape[-1] == 0 else s.amax(-1, keepdim=True)

@@ -14,7 +14,6 @@ from regard.dropout import Dropout
 from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant
 from regard.normalizers import Normalizer
 from regard.reference import Pair
-from regard.visible import one_row
 
 
 class Problem(NamedTuple):
@@ -28,7 +27,7 @@ class Problem(NamedTuple):
     leading: tuple[int, ...]
     intervals: Intervals | None = None  # at most two a row, disjoint; None: every key
     keep: Tensor | None = None  # bool, to (*leading, Lq, Lk): for masks that are no intervals
-    seen: Tensor | None = None  # bool, to (*leading, 1, Lk): the keys that some row may attend; None: all
+    shared: Tensor | None = None  # bool, to (*leading, 1, Lk): the two in one, where they are the same for every row
     bias: Tensor | None = None  # to (*leading, Lq, Lk), added to the scores
     dropout: Dropout | None = None
 
@@ -52,19 +51,12 @@ class Problem(NamedTuple):
 
     def allowed(self) -> Tensor | None:
         """Bool, broadcasting to (*leading, Lq, Lk): intervals and keep in one; None allows all."""
+        if self.shared is not None:
+            return self.shared
         if self.intervals is None:
             return self.keep
-        if self.one_row():
-            return self.seen
         inside = self.grid.within(self.intervals)
         return inside if self.keep is None else inside & self.keep
-
-    def one_row(self) -> bool:
-        """Whether intervals and keep are the same for every row, who then attend all that is seen."""
-        for low, high, _ in self.intervals or ():
-            if not (constant(low) and constant(high)):
-                return False
-        return self.keep is None or one_row(self.keep)
 
     # The reference, on this problem, as one matrix.
 
@@ -83,11 +75,24 @@ class Problem(NamedTuple):
         return p.expand(*self.leading, *p.shape[-2:])
 
     def log_sum_exp(self) -> Tensor:
-        """(*leading, Lq)."""
+        """(*leading, Lq, 1)."""
         s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
-        return reference.log_sum_exp(s).expand(*self.leading, -1)
+        return reference.log_sum_exp(s).expand(*self.leading, -1).unsqueeze(-1)
 
-    # Parts of it.
+    # Its tensors, and parts of it.
+
+    def differentiable(self) -> tuple[Tensor, ...]:
+        """What gradients are taken by."""
+        bias = () if self.bias is None else (self.bias,)
+        v = (self.pair.v,) if isinstance(self.pair, reference.AdditivePair) else ()
+        return (self.query, self.key, self.value, *bias, *v)
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Problem:
+        """The same problem of other tensors, in the order of `differentiable`."""
+        query, key, value, *rest = tensors
+        bias = None if self.bias is None else rest.pop(0)
+        pair = self.pair._replace(v=rest.pop()) if isinstance(self.pair, reference.AdditivePair) else self.pair
+        return self._replace(query=query, key=key, value=value, bias=bias, pair=pair)
 
     def blocks(self, rows: int) -> Iterator[Problem]:
         """The problem in blocks of so many query rows, every key in each."""
@@ -139,7 +144,7 @@ class Problem(NamedTuple):
             pair=pair,
             leading=(*self.leading[:-1], len(index)),
             keep=self.keep if self.keep is None else _pick(self.keep, -3, index),
-            seen=self.seen if self.seen is None else _pick(self.seen, -3, index),
+            shared=self.shared if self.shared is None else _pick(self.shared, -3, index),
             bias=self.bias if self.bias is None else _pick(self.bias, -3, index),
             intervals=self._each_bound(lambda bound: _pick(bound, -3, index) if isinstance(bound, Tensor) else bound),
         )
@@ -147,7 +152,11 @@ class Problem(NamedTuple):
     def _intervals_at(self, rows: slice | Tensor) -> Intervals | None:
         def at(bound: Bound) -> Bound:
             if isinstance(bound, Diagonal):
-                return Diagonal(bound.offset + rows.start) if isinstance(rows, slice) else rows.unsqueeze(-1) + bound.offset
+                return (
+                    Diagonal(bound.offset + rows.start)
+                    if isinstance(rows, slice)
+                    else rows.unsqueeze(-1) + bound.offset
+                )
             return bound if isinstance(bound, int) or constant(bound) else bound[..., rows, :]
 
         return self._each_bound(at)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant, larger, may_look_at, smaller
+from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant
 
 
 def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:
@@ -36,7 +36,7 @@ def seen_keys(intervals: Intervals | None, keep: Tensor | None, grid: Grid) -> T
     """Bool, broadcasting to (*leading, 1, Lk): the keys that some row may attend."""
     if grid.queries == 0 or grid.keys == 0:
         return torch.zeros(1, grid.keys, dtype=torch.bool, device=grid.device)
-    if keep is not None and not one_row(keep):
+    if keep is not None and not _one_row(keep):
         allowed = keep if intervals is None else keep & grid.within(intervals)
         return allowed.any(-2, keepdim=True)
     seen = None if intervals is None else _seen_in(intervals, grid)
@@ -49,7 +49,7 @@ def seeing_rows(intervals: Intervals | None, keep: Tensor | None, grid: Grid) ->
     """Bool, broadcasting to (*leading, Lq, 1): the rows that may attend some key."""
     if grid.keys == 0:
         return torch.zeros(1, 1, dtype=torch.bool, device=grid.device)
-    if keep is not None and (intervals is None or not one_row(keep)):
+    if keep is not None and (intervals is None or not _one_row(keep)):
         allowed = keep if intervals is None else keep & grid.within(intervals)
         return allowed.any(-1, keepdim=True)
     if intervals is None:
@@ -70,8 +70,15 @@ def seeing_rows(intervals: Intervals | None, keep: Tensor | None, grid: Grid) ->
     return torch.zeros(1, 1, dtype=torch.bool, device=grid.device) if seeing is None else seeing
 
 
-def one_row(keep: Tensor) -> bool:
-    """Whether the mask (..., Lq|1, Lk) is the same for every row."""
+def one_for_all(intervals: Intervals | None, keep: Tensor | None) -> bool:
+    """Whether every row may attend the same keys, as with lengths alone."""
+    for low, high, _ in intervals or ():
+        if not (constant(low) and constant(high)):
+            return False
+    return keep is None or _one_row(keep)
+
+
+def _one_row(keep: Tensor) -> bool:
     return keep.dim() < 2 or keep.shape[-2] == 1
 
 
@@ -120,7 +127,9 @@ def _covered(intervals: Intervals, grid: Grid) -> Tensor:
     for low, high, _ in intervals:
         low, high = (torch.as_tensor(grid.clamped(bound), device=grid.device) for bound in (low, high))
         low, high = torch.broadcast_tensors(low, torch.maximum(low, high))
-        low, high = (bound.reshape(*bound.shape[:-2], -1).expand(*bound.shape[:-2], grid.queries) for bound in (low, high))
+        low, high = (
+            bound.reshape(*bound.shape[:-2], -1).expand(*bound.shape[:-2], grid.queries) for bound in (low, high)
+        )
         none = steps.new_zeros(()).expand(*low.shape[:-1], grid.keys + 1)
         one = torch.ones_like(low, dtype=torch.int64)
         steps = steps + none.scatter_add(-1, low.long(), one).scatter_add(-1, high.long(), -one)

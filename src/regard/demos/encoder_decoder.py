@@ -1,10 +1,10 @@
 """An encoder–decoder that pronounces words, with attention between letters and sounds.
 
-    letters -> GRU, both ways -> memory: keys and values
-                                    ^
-                                    | attends
-                                    |
-    sounds so far -> GRU -------> query -> (query, context) -> next sound
+    letters -> GRU, both ways ---> memory: keys and values, one of each letter
+                                      ^
+                                      | attends
+                                      |
+    sounds so far -> GRU --------> query --> query and context --> next sound
 
 Bahdanau, Cho & Bengio 2015, but attention comes after the decoder's GRU, as in Luong, Pham & Manning 2015: all
 sounds of a word are one matrix of queries, and learning takes a few large operations instead of many small ones.
@@ -35,7 +35,7 @@ END, STOP = 0, "<end>"  # the sound before the first and after the last: its ind
 class Memory(NamedTuple):
     """A batch of words, read by the encoder."""
 
-    letters: Tensor  # (B, L, hidden), a row for each letter
+    letters: Tensor  # (B, L, hidden), of each letter and what stands around it
     lengths: Tensor  # (B,) how many rows are letters, the rest padding
     summary: Tensor  # (B, hidden), of the whole word
 
@@ -49,6 +49,7 @@ class Pronouncer(nn.Module):
         self.letter = nn.Embedding(len(LETTERS), embedding)
         self.sound = nn.Embedding(len(self.sounds), embedding)
         self.encoder = nn.GRU(embedding, hidden, batch_first=True, bidirectional=True)
+        self.itself = nn.Linear(embedding, hidden)
         self.summary = nn.Linear(2 * hidden, hidden)
         self.decoder = nn.GRU(embedding, hidden, batch_first=True)
         self.score = SCORES[score](hidden)
@@ -61,8 +62,9 @@ class Pronouncer(nn.Module):
         embedded = self.letter(pad_sequence(letters, batch_first=True))
         packed, last = self.encoder(pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False))
         states, _ = pad_packed_sequence(packed, batch_first=True)
-        forward, backward = states.chunk(2, dim=-1)
-        return Memory(forward + backward, lengths, torch.tanh(self.summary(torch.cat([*last], -1))))
+        before, after = states.chunk(2, dim=-1)
+        memory = self.itself(embedded) + before + after  # a letter's row says more of it than its neighbours' rows do
+        return Memory(memory, lengths, torch.tanh(self.summary(torch.cat([*last], -1))))
 
     def decode(self, before: Tensor, memory: Memory, state: Tensor) -> tuple[Tensor, Tensor, regard.Attended | None]:
         """Logits of the sound after each of `before` (B, S), the decoder's last state, and what was looked at."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,7 @@ Words = Mapping[str, Sequence[Sounds]]
 
 def train(model: Pronouncer, examples: Sequence[tuple[str, Sounds]], steps: int, seed: int) -> int:
     """Take steps of Adam on batches of examples; return how many, fewer than asked after Ctrl-C."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))  # warm up, then down to 0
     bar = tqdm(batches(examples, seed), model.score_name, total=steps, unit="step", disable=None)
     done = 0
@@ -206,8 +206,8 @@ def demo(
             raise ValueError(f"--score: {score!r} is none of {', '.join(SCORES)}")
     if steps < 1:
         raise ValueError(f"--steps is {steps}; it must be 1 or more")
-    if not words:
-        raise ValueError("--words holds no word")
+    if not 1 <= len(words) <= 24 or max(map(len, words)) > 50:
+        raise ValueError(f"--words holds {len(words)} words; 1 to 24 of up to 50 letters fit into a picture")
     for word in words:
         for letter in sorted(set(word) - set(dictionary.LETTERS)):
             raise ValueError(f"--words: {letter!r} in {word!r} is neither a letter from a to z nor an apostrophe")
@@ -220,7 +220,7 @@ def demo(
     torch.set_num_threads(1)  # fastest for a small recurrent model, and the same result on any number of cores
     try:
         results = []
-        for learnt in read or learn_each(scores, known, steps, seed, out):
+        for learnt in read or learn_each(dict.fromkeys(scores), known, steps, seed, out):
             rates = evaluate(learnt.model, known)
             print(f"{learnt.model.score_name}: {learnt.steps:,} steps, {rates} of held-out words", flush=True)
             results.append((learnt.model, rates))
@@ -232,17 +232,17 @@ def demo(
         for kind, metadata in ("png", {}), ("svg", {"Date": None}):
             with replacing(out / f"alignment.{kind}") as part, mpl.rc_context({"svg.hashsalt": "regard"}):
                 figure.savefig(part, format=kind, dpi=150, metadata=metadata)
-            print(out / f"alignment.{kind}")
+            print("wrote", out / f"alignment.{kind}")
     finally:
         torch.set_num_threads(threads)
 
 
-def learn_each(scores: Sequence[str], known: Words, steps: int, seed: int, out: Path) -> Iterator[Learnt]:
+def learn_each(scores: Iterable[str], known: Words, steps: int, seed: int, out: Path) -> Iterator[Learnt]:
     """Learn with one score after the other, each saved at once; Ctrl-C makes the present one the last."""
     for score in scores:
         learnt = learn(score, known, steps, seed)
         save(learnt, out / f"{score}.safetensors")
-        print(out / f"{score}.safetensors")
+        print("wrote", out / f"{score}.safetensors")
         yield learnt
         if learnt.steps < steps:
             print(f"stopped after {learnt.steps:,} of {steps:,} steps; going on with what was learnt")

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from regard.kernels import chunked, sdpa
+from regard.kernels.transforms import transforming
 from regard.problem import Problem
 
 
@@ -65,8 +64,3 @@ def refusal(implementation: Implementation, problem: Problem) -> str | None:
     if reason is None and implementation is not WHOLE and transforming():
         return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
     return reason
-
-
-def transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

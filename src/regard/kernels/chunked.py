@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.kernels.transforms import transforming
 from regard.problem import Problem
+from regard.reference import FunctionPair
 
-BLOCK_BYTES = 2**23  # the largest intermediate of one block; a few of that size live at once
+BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
 
 
 def refuses(problem: Problem) -> str | None:
@@ -20,19 +23,88 @@ def refuses(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Tensor:
-    return torch.cat(list(by_rows(problem, Problem.attend)), -2)
+    return by_rows(problem, Problem.attend)
 
 
 def memory(problem: Problem) -> int:
-    return 4 * min(rows_at_once(problem), max(1, problem.queries)) * problem.row_bytes
+    return 10 * min(_rows_at_once(problem), max(1, problem.queries)) * problem.row_bytes
 
 
-def by_rows(problem: Problem, compute: Callable[[Problem], Tensor]) -> Iterator[Tensor]:
-    """compute(block) for each block of rows; what it needs for backward is computed again there, not kept."""
-    for block in problem.blocks(rows_at_once(problem)):
-        yield checkpoint(compute, block, use_reentrant=False, preserve_rng_state=False)
+def by_rows(problem: Problem, compute: Callable[[Problem], Tensor]) -> Tensor:
+    """compute(problem), (..., Lq, C), for a compute that looks at each row alone."""
+    return _compute(problem, compute, summed=False)
 
 
-def rows_at_once(problem: Problem) -> int:
-    """How many query rows make a block."""
+def summed_over_rows(problem: Problem, compute: Callable[[Problem], Tensor]) -> Tensor:
+    """compute(problem), (..., 1, C), for a compute that sums something over the rows."""
+    return _compute(problem, compute, summed=True)
+
+
+def _compute(problem: Problem, compute: Callable[[Problem], Tensor], summed: bool) -> Tensor:
+    if transforming() or torch.compiler.is_compiling():
+        return compute(problem)
+    if isinstance(problem.pair, FunctionPair):  # only autograd knows what the function captures
+        blocks = problem.blocks(_rows_at_once(problem))
+        parts = [checkpoint(compute, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        return torch.stack(parts).sum(0) if summed else torch.cat(parts, -2)
+    return _InBlocks.apply(problem, compute, summed, *problem.differentiable())
+
+
+def _rows_at_once(problem: Problem) -> int:
     return max(1, BLOCK_BYTES // max(1, problem.row_bytes))
+
+
+class _InBlocks(torch.autograd.Function):
+    """compute(problem), block by block.
+
+    Results and gradients go into buffers made beforehand: what stays, allocated among what comes and goes, would
+    leave the allocator with holes that add up to the matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, compute: Callable[[Problem], Tensor], summed: bool, *leaves: Tensor
+    ) -> Tensor:
+        ctx.problem, ctx.compute, ctx.summed = problem, compute, summed
+        ctx.save_for_backward(*leaves)
+        result, start = None, 0
+        for block in problem.blocks(_rows_at_once(problem)):
+            part = compute(block)
+            if result is None:
+                result = part.new_zeros(*part.shape[:-2], 1 if summed else problem.queries, part.shape[-1])
+            _rows(result, start, block, summed).add_(part)
+            start += block.queries
+        assert result is not None
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed, leaves = ctx.needs_input_grad[3:], ctx.saved_tensors
+        problem, compute = ctx.problem.replaced(leaves), ctx.compute
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            return None, None, None, *_gradients(compute(problem), leaves, needed, grad, create_graph=True)
+        sums, rows, start = [torch.zeros_like(x) for x in leaves], _rows_at_once(problem), 0
+        for block, into in zip(problem.blocks(rows), problem.replaced(sums).blocks(rows), strict=True):
+            parts = [x.detach().requires_grad_(need) for x, need in zip(block.differentiable(), needed, strict=True)]
+            with torch.enable_grad():
+                part = compute(block.replaced(parts))
+            gradients = _gradients(part, parts, needed, _rows(grad, start, block, ctx.summed))
+            for total, gradient in zip(into.differentiable(), gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient)
+            start += block.queries
+        return None, None, None, *(total if need else None for total, need in zip(sums, needed, strict=True))
+
+
+def _rows(result: Tensor, start: int, block: Problem, summed: bool) -> Tensor:
+    """The part of the result that a block gives, or adds to."""
+    return result if summed else result.narrow(-2, start, block.queries)
+
+
+def _gradients(
+    out: Tensor, leaves: list[Tensor], needed: tuple[bool, ...], grad: Tensor, create_graph: bool = False
+) -> list[Tensor | None]:
+    """The gradient of each leaf that needs one; None for the others and for those that out does not depend on."""
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needed]

@@ -31,7 +31,7 @@ def refuses(problem: Problem) -> str | None:
         )
     if 0 in (*problem.leading, problem.queries, problem.keys):
         return "there is nothing to compute"
-    if not (_causal(problem) or problem.one_row()):
+    if problem.shared is None and not _causal(problem) and not (problem.intervals is None and problem.keep is None):
         return "rows with keys of their own would need a float mask of Lq × Lk"
     return None
 
@@ -67,7 +67,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.problem = problem._replace(query=query[:0], key=key[:0], value=value[:0])
+        ctx.problem = problem
         inputs = [
             x.detach().requires_grad_(needed)
             for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
@@ -90,9 +90,9 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
 def _causal(problem: Problem) -> bool:
     """Whether row i attends exactly the keys 0 .. i."""
-    if problem.keep is not None or problem.intervals is None or len(problem.intervals) != 1:
+    if problem.shared is not None or problem.keep is not None or len(problem.intervals or ()) != 1:
         return False
-    low, high, _ = problem.intervals[0]
+    ((low, high, _),) = problem.intervals or ()
     return isinstance(low, int) and low <= 0 and isinstance(high, Diagonal) and high.offset == 1
 
 

@@ -1,0 +1,101 @@
+"""Any part of the weights, from any path, differentiably, without the matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import IMPLEMENTATIONS
+
+import regard
+from regard import Attended, kernels
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 600)
+
+
+def attended(impl: str = "reference") -> Attended:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4)
+    return regard.attention(query.requires_grad_(), key, value, mask=regard.Lengths(torch.tensor([9, 4])), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_everything_follows_from_the_weights(impl: str) -> None:
+    seen = attended(impl)
+    p = seen.weights()
+    torch.testing.assert_close(p @ seen.problem.value, seen.out)
+    torch.testing.assert_close(p.sum(-1), torch.ones(2, 3, 7))
+    torch.testing.assert_close(seen.key_mass(), p.sum(-2))
+    torch.testing.assert_close(seen.entropy(), -torch.special.xlogy(p, p).sum(-1))
+    values, indices = seen.top_k(3)
+    torch.testing.assert_close(values, p.topk(3).values)
+    torch.testing.assert_close(p.gather(-1, indices), values)
+    assert seen.lse is not None
+    scores = seen.problem.query @ seen.problem.key.mT / 2
+    torch.testing.assert_close(torch.exp(scores - seen.lse[..., None])[0], p[0])
+
+
+@pytest.mark.parametrize("mask", [None, regard.Causal(), regard.Window(1, 2), regard.Keep(torch.eye(7, 9).bool())])
+def test_rows_and_heads(mask: regard.Mask | None) -> None:
+    query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 1, 9, 4)
+    seen = regard.attention(query, key, key, mask=mask, bias=torch.randn(3, 7, 9))
+    whole = seen.weights()
+    torch.testing.assert_close(seen.weights(rows=[5, -7]), whole[..., [5, 0], :])
+    torch.testing.assert_close(seen.weights(rows=slice(2, None, 2)), whole[..., 2::2, :])
+    torch.testing.assert_close(seen.weights(heads=[2]), whole[:, 2:])
+    torch.testing.assert_close(seen.weights(rows=[1], heads=slice(0, 2)), whole[:, :2, 1:2])
+
+
+def test_heads_of_additive_and_grouped_scores() -> None:
+    x = torch.randn(2, 5, 4)
+    seen = regard.attention(x, x, x, regard.Additive(4, 4, 6, heads=3))
+    torch.testing.assert_close(seen.weights(heads=[1], rows=[4]), seen.weights()[:, 1:2, 4:])
+    query, key = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 6, 3)
+    seen = regard.attention(query, key, key, mask=regard.Lengths(torch.tensor([6, 2])), enable_gqa=True)
+    torch.testing.assert_close(seen.weights(heads=[1, 2]), seen.weights()[:, 1:3])
+
+
+def test_every_part_is_differentiable() -> None:
+    seen = attended()
+    weights, query = seen.weights(), seen.problem.query
+    parts = {
+        "weights": (seen.weights(rows=[2]).square(), weights[..., 2:3, :].square()),
+        "key_mass": (seen.key_mass().square(), weights.sum(-2).square()),
+        "entropy": (seen.entropy(), -torch.special.xlogy(weights, weights.clamp(min=1e-38)).sum(-1)),
+        "top_k": (seen.top_k(2)[0].square(), weights.topk(2).values.square()),
+    }
+    for name, (part, whole) in parts.items():
+        ours = torch.autograd.grad(part.sum(), query, retain_graph=True)[0]
+        torch.testing.assert_close(ours, torch.autograd.grad(whole.sum(), query, retain_graph=True)[0], msg=name)
+        assert ours.abs().sum() > 0
+
+
+def test_bad_arguments() -> None:
+    seen = attended()
+    with pytest.raises(ValueError, match=r"k is 10; it must lie in 1 .. 9"):
+        seen.top_k(10)
+    with pytest.raises(ValueError, match=r"rows is \[7\]; each must lie in -7 .. 6"):
+        seen.weights(rows=[7])
+    with pytest.raises(ValueError, match=r"heads is \[3\]"):
+        seen.weights(heads=[3])
+    x = torch.randn(2, 4, 4)
+    with pytest.raises(ValueError, match="have no heads"):
+        regard.attention(x, x, x).weights(heads=[0])
+
+
+def test_no_rows() -> None:
+    seen = regard.attention(torch.zeros(2, 0, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    assert seen.out.shape == (2, 0, 5)
+    assert seen.entropy().shape == (2, 0)
+    assert seen.key_mass().tolist() == [[0, 0, 0]] * 2
+
+
+def test_weights_alone() -> None:
+    query, key = torch.randn(2, 5, 4), torch.randn(2, 6, 3)
+    score = regard.Bilinear(4, 3)
+    p = regard.weights(query, key, score, regard.Causal())
+    torch.testing.assert_close(p, regard.attention(query, key, key, score, regard.Causal()).weights())
+    torch.testing.assert_close(regard.weights(query, key, score, regard.Causal(), rows=[3]), p[:, 3:4])
+    assert regard.weights(query.half(), key.half(), score.half()).dtype == torch.float32
