@@ -1,7 +1,8 @@
 """What the paths are judged by: float64 attention and its gradients as plain loops, sharing no code with them.
 
-`Case` names a problem; `expected` is the exact answer for its float32 inputs; `naive` is the textbook's expression in
-float32, whose error is the yardstick: a path may be 3 × as far from the exact answer (root mean square), and a rounding.
+`Case` names a problem; `expected` is the exact answer for its float32 inputs; `naive` is the textbook's expression
+in float32, whose error is the yardstick: a path may be 3 × as far from the exact answer (root mean square), and a
+rounding.
 """
 
 from __future__ import annotations
@@ -248,8 +249,13 @@ def naive(case: Case, given: Inputs) -> dict[str, Tensor]:
         elif kind == "l2":
             s = -0.5 * x.square().sum(-1)
         else:
-            functions = {"relu": torch.relu, "leaky_relu": nn.LeakyReLU(0.2)}
-            s = functions.get(kind, getattr(torch, kind, torch.tanh))(x) @ given.score.w_v.weight[0]
+            functions = {
+                "tanh": torch.tanh,
+                "sigmoid": torch.sigmoid,
+                "relu": torch.relu,
+                "leaky_relu": nn.LeakyReLU(0.2),
+            }
+            s = functions[kind](x) @ dict(given.score.named_parameters())["w_v.weight"][0]
     allowed = torch.from_numpy(allowed_of(case))
     nothing = ~allowed.any(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(~allowed, -inf).masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)

@@ -255,11 +255,11 @@ def test_what_nothing_attends_does_not_exist(impl: str, name: str, garbage: floa
         query[~valid] = garbage
     score = regard.ScaledDot() if impl == "sdpa" else regard.Additive(8, 8, 4)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    if impl in regard.explain(*leaves, score, mask).refused:
+    if impl in regard.explain(*leaves, score=score, mask=mask).refused:
         with pytest.raises(ValueError, match="refuses"):
-            regard.attend(*leaves, score, mask, impl=impl)
+            regard.attend(*leaves, score=score, mask=mask, impl=impl)
         return
-    out = regard.attend(*leaves, score, mask, impl=impl)
+    out = regard.attend(*leaves, score=score, mask=mask, impl=impl)
     out.sum().backward()
     for x in (out, *(leaf.grad for leaf in leaves), *(p.grad for p in score.parameters())):
         assert x is not None
@@ -296,7 +296,8 @@ def test_a_shared_key_is_blanked_only_where_no_sample_attends_it() -> None:
 def test_leading_dimensions(impl: str, leading: tuple[int, ...]) -> None:
     query, key, value = (torch.randn(*leading, length, 4) for length in (2, 5, 5))
     out = regard.attend(query, key, value, impl=impl)
-    flat = regard.attend(*(x.reshape(-1, *x.shape[-2:]) for x in (query, key, value)), impl="reference")
+    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    flat = regard.attend(query, key, value, impl="reference")
     torch.testing.assert_close(out, flat.reshape(*leading, 2, 4))
 
 
@@ -329,6 +330,7 @@ def test_heads_of_an_additive_score(impl: str) -> None:
     out = regard.attend(query, key, value, score, mask, impl=impl)
     assert out.shape == (2, 3, 4, 3)
     one = regard.Additive(QUERY_DIM, KEY_DIM, 8)
+    assert score.g is not None
     for head in range(3):
         rows = slice(8 * head, 8 * head + 8)
         v = score.w_v.weight[head]
@@ -363,9 +365,9 @@ def test_function_score_reaches_what_it_captures(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 256)
     table = torch.randn(4, 4, requires_grad=True)
     query, key, value = torch.randn(9, 4), torch.randn(6, 4), torch.randn(6, 4)
-    score = regard.FunctionScore(lambda query, key: query @ table @ key.mT)
+    captures = regard.FunctionScore(lambda query, key: query @ table @ key.mT)
     gradients = [
-        torch.autograd.grad(regard.attend(query, key, value, score, impl=impl).square().sum(), table)[0]
+        torch.autograd.grad(regard.attend(query, key, value, captures, impl=impl).square().sum(), table)[0]
         for impl in ("reference", "chunked")
     ]
     torch.testing.assert_close(*gradients)

@@ -34,8 +34,9 @@ def test_the_contracts_formula() -> None:
     kept = Dropout(0.3, torch.tensor(seed)).kept((2, 3), 4, 7, CPU)
     low, high = torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32 & 0xFFFFFFFF)
     for batch, head, i, j in [(0, 0, 0, 0), (1, 2, 3, 6), (0, 1, 2, 5)]:
+        key = {"k0": low, "k1": high}
         counter = (torch.tensor(n) for n in (j // 4, i, batch * 3 + head, 0))
-        dropped = int(philox(*counter, low, high)[j % 4]) * 2.0**-32 < 0.3
+        dropped = int(philox(*counter, **key)[j % 4]) * 2.0**-32 < 0.3
         assert float(kept[batch, head, i, j]) == pytest.approx(0 if dropped else 1 / 0.7)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def grids_and_masks(draw: st.DrawFn) -> tuple[Grid, Mask]:
         shapes = [batch, (*batch, queries)] if batch else [()]
         return draw(st.integers(0, keys)) if draw(st.booleans()) else ints(draw(st.sampled_from(shapes)), keys)
 
-    def aligned() -> dict[str, object]:
+    def aligned() -> dict[str, Any]:
         return draw(
             st.sampled_from([{}, {"align": "upper_left"}, {"offset": draw(st.integers(-2, 4))}, {"offset": None}])
         ) or {"offset": ints(batch, keys)}
@@ -169,9 +171,9 @@ def test_bad_lengths(lens: int | torch.Tensor, message: str) -> None:
 
 
 def test_wrong_dtypes() -> None:
-    with pytest.raises(TypeError, match="valid_lens has dtype torch.float32; it must be an integer type"):
+    with pytest.raises(TypeError, match=r"valid_lens has dtype torch\.float32; it must be an integer type"):
         Lengths(torch.tensor([1.0, 2.0])).lower(Grid((2,), 3, 4))
-    with pytest.raises(TypeError, match="mask has dtype torch.int64; it must be bool"):
+    with pytest.raises(TypeError, match=r"mask has dtype torch\.int64; it must be bool"):
         Keep(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="query_ids has dtype"):
         Documents(torch.zeros(3))

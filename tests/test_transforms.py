@@ -57,11 +57,11 @@ def test_backward_and_double_backward(score: str, mask: str, impl: str, monkeypa
     monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 400)
     made, inputs = SCORES[score]().double(), tuple(x.requires_grad_() for x in triple())
     parameters = tuple(made.parameters())
-    if impl in regard.explain(*inputs, made, MASKS[mask](LENS)).refused:
+    if impl in regard.explain(*inputs, score=made, mask=MASKS[mask](LENS)).refused:
         return
 
     def run(*leaves: Tensor) -> Tensor:
-        return regard.attend(*leaves[:3], made, MASKS[mask](LENS), impl=impl)
+        return regard.attend(*leaves[:3], score=made, mask=MASKS[mask](LENS), impl=impl)
 
     assert torch.autograd.gradcheck(run, (*inputs, *parameters), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (*inputs, *parameters), fast_mode=True)
@@ -100,7 +100,7 @@ def test_vmap(score: str, mask: str) -> None:
 @pytest.mark.parametrize("impl", ["chunked", "sdpa"])
 def test_an_implementation_that_cannot_says_so(impl: str) -> None:
     query, key, value = triple()
-    with pytest.raises(ValueError, match="torch.func transforms and forward-mode AD"):
+    with pytest.raises(ValueError, match=r"torch\.func transforms and forward-mode AD"):
         grad(lambda q: regard.attend(q, key, value, impl=impl).sum())(query)
     with pytest.raises(ValueError, match="forward-mode AD"), forward_ad.dual_level():
         regard.attend(forward_ad.make_dual(query, query), key, value, impl=impl)

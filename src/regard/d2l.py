@@ -45,9 +45,7 @@ def use_svg_display() -> None:
     """Show figures as SVG in a notebook; elsewhere there is nothing to set."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
-        from matplotlib_inline.backend_inline import set_matplotlib_formats  # comes with IPython
-
-        set_matplotlib_formats("svg")
+        shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
 
 
 def sequence_mask(X: Tensor, valid_len: Tensor, value: float = 0) -> Tensor:

@@ -234,17 +234,13 @@ def _check(
 
 def _reject(inputs: dict[str, Tensor]) -> NoReturn:
     """The error of the first input that is at fault."""
-    query = inputs["query"]
     for name, x in inputs.items():
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
         if x.dim() < 2:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
-        if x.dtype != query.dtype or x.device != query.device:
-            break
-    raise ValueError(
-        f"{name} is {x.dtype} on {x.device} and query {query.dtype} on {query.device}; they must be the same"
-    )
+    found = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in inputs.items())
+    raise ValueError(f"query, key and value must be of one dtype and on one device; they are {found}")
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

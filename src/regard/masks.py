@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from regard.transforms import may_look_at
+
 # --- Intervals of keys per row.
 
 
@@ -334,7 +336,7 @@ class Keep(Mask):
         whole = (*grid.leading, grid.queries, grid.keys)
         if not broadcasts(self.keep.shape, whole):
             raise ValueError(f"mask has shape {tuple(self.keep.shape)}; it must broadcast to {whole}")
-        return self.keep
+        return self.keep.expand(*self.keep.shape[:-1], grid.keys)
 
 
 # --- The algebra.
@@ -469,16 +471,6 @@ def looked_at(values: int | Tensor) -> list[int]:
     if isinstance(values, int):
         return [values]
     return values.flatten().tolist() if may_look_at(values) else []
-
-
-def may_look_at(values: Tensor) -> bool:
-    """Whether reading the values costs nothing: a plain CPU tensor, outside torch.compile and transforms."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(values) is Tensor
-        and values.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    )
 
 
 def broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from regard.kernels import chunked, sdpa
-from regard.kernels.transforms import transforming
 from regard.problem import Problem
+from regard.transforms import transforming
 
 
 class Implementation(NamedTuple):

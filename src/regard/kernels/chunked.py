@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.kernels.transforms import transforming
 from regard.problem import Problem
 from regard.reference import FunctionPair
+from regard.transforms import transforming
 
 BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
 
@@ -78,7 +78,8 @@ class _InBlocks(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         needed, leaves = ctx.needs_input_grad[3:], ctx.saved_tensors
         problem, compute = ctx.problem.replaced(leaves), ctx.compute
         if torch.is_grad_enabled():  # the gradient is to be differentiated in turn

@@ -78,21 +78,22 @@ class _TwiceDifferentiable(torch.autograd.Function):
         return out.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         out, inputs, again = ctx.out, ctx.inputs, torch.is_grad_enabled()
         if again:
             inputs = ctx.saved_tensors
             out = ctx.problem._replace(query=inputs[0], key=inputs[1], value=inputs[2]).attend()
         needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-        grads = iter(torch.autograd.grad(out, needed, grad, create_graph=again, retain_graph=True))
-        return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:3]), None
+        found = iter(torch.autograd.grad(out, needed, grads, create_graph=again, retain_graph=True))
+        return *(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None
 
 
 def _causal(problem: Problem) -> bool:
     """Whether row i attends exactly the keys 0 .. i."""
-    if problem.shared is not None or problem.keep is not None or len(problem.intervals or ()) != 1:
+    intervals = problem.intervals
+    if problem.shared is not None or problem.keep is not None or intervals is None or len(intervals) != 1:
         return False
-    ((low, high, _),) = problem.intervals or ()
+    low, high, _ = intervals[0]
     return isinstance(low, int) and low <= 0 and isinstance(high, Diagonal) and high.offset == 1
 
 

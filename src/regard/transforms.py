@@ -1,0 +1,22 @@
+"""What torch is doing with a call: private questions, asked in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def may_look_at(values: Tensor) -> bool:
+    """Whether reading the values costs nothing: a plain CPU tensor, outside torch.compile and transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(values) is Tensor
+        and values.device.type == "cpu"
+        and not transforming()
+    )
