@@ -18,6 +18,7 @@ from regard.dropout import Dropout
 from regard.masks import Grid, Keep, Mask, broadcasts
 from regard.normalizers import Normalizer, Softmax
 from regard.problem import Indices, Problem
+from regard.reference import FunctionPair
 from regard.scores import ScaledDot, Score
 from regard.visible import blank, one_for_all, seeing_rows, seen_keys
 
@@ -162,12 +163,12 @@ def lower(
     enable_gqa: bool,
 ) -> Problem:
     """Check, blank, project: from what a user says to what an implementation may see."""
+    grid = _check(query, key, value, score, bias, normalizer, dropout_p, enable_gqa)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    grid = _check(query, key, value, score, bias, dropout_p, enable_gqa)
     intervals, keep, shared = None, None, None
     if mask is not None:
-        intervals, keep = (mask if isinstance(mask, Mask) else Keep(mask)).lower(grid)
+        intervals, keep = _as_mask(mask).lower(grid)
         seen = seen_keys(intervals, keep, grid)
         if seen is not None:
             column = seen.mT
@@ -177,14 +178,17 @@ def lower(
             shared = seen
             if seen is None:
                 intervals, keep = None, None
-    query, key = score.project_query(query), score.project_key(key)
+    query, key, pair = score.project_query(query), score.project_key(key), score.pair()
+    if query.shape[-1] != key.shape[-1] and not isinstance(pair, FunctionPair):
+        sizes = f"query is projected to size {query.shape[-1]} and key to size {key.shape[-1]}"
+        raise ValueError(f"{sizes} by {score}; they must be the same")
     if score.heads > 1:
         value = value.unsqueeze(-3)
     return Problem(
         query=query,
         key=key,
         value=value,
-        pair=score.pair(),
+        pair=pair,
         normalizer=normalizer,
         leading=grid.leading,
         intervals=intervals,
@@ -199,14 +203,23 @@ def lower(
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, score: Score, bias: Tensor | None, dropout_p: float, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Score,
+    bias: Tensor | None,
+    normalizer: Normalizer,
+    dropout_p: float,
+    enable_gqa: bool,
 ) -> Grid:
     """The grid of a call whose arguments fit one another; else ValueError or TypeError."""
-    dtype, device = query.dtype, query.device
     if not (
-        dtype.is_floating_point
-        and dtype == key.dtype == value.dtype
-        and device == key.device == value.device
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dtype.is_floating_point
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
         and min(query.dim(), key.dim(), value.dim()) > 1
     ):
         _reject({"query": query, "key": key, "value": value})
@@ -217,6 +230,8 @@ def _check(
             f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)} and "
             f"{tuple(value.shape)}); each key needs one value"
         )
+    if not callable(normalizer):
+        raise TypeError(f"normalizer is {normalizer!r}; it must be a Normalizer, such as Softmax()")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0 .. 1")
     leading = _leading(query, key, value, enable_gqa)
@@ -232,9 +247,19 @@ def _check(
     return grid
 
 
+def _as_mask(mask: Mask | Tensor) -> Mask:
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, Tensor):
+        return Keep(mask)
+    raise TypeError(f"mask is a {type(mask).__name__}; it must be a Mask, a bool Tensor or None")
+
+
 def _reject(inputs: dict[str, Tensor]) -> NoReturn:
     """The error of the first input that is at fault."""
     for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
         if x.dim() < 2:

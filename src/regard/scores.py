@@ -85,7 +85,7 @@ class Bilinear(Score):
         self.W = nn.Linear(query_dim, key_dim, bias=False)
 
     def project_query(self, query: Tensor) -> Tensor:
-        return self.W(query)
+        return _through(self.W, query, "query")
 
     def project_key(self, key: Tensor) -> Tensor:
         return key
@@ -209,10 +209,10 @@ class Additive(Score):
             self.g = nn.Parameter(self.w_v.weight.detach().norm(dim=-1))
 
     def project_query(self, query: Tensor) -> Tensor:
-        return self._per_head(self.W_q(query))
+        return self._per_head(_through(self.W_q, query, "query"))
 
     def project_key(self, key: Tensor) -> Tensor:
-        return self._per_head(self.W_k(key))
+        return self._per_head(_through(self.W_k, key, "key"))
 
     def pair(self) -> Pair:
         v = self.w_v.weight
@@ -277,6 +277,17 @@ class FunctionScore(Score):
 
     def pair(self) -> Pair:
         return FunctionPair(self.function)
+
+
+def _through(linear: nn.Linear, x: Tensor, name: str) -> Tensor:
+    """linear(x), or an error that names x."""
+    try:
+        return linear(x)
+    except RuntimeError:
+        if x.shape[-1] == linear.in_features:
+            raise
+        made_for = f"the score was made for size {linear.in_features}"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, of size {x.shape[-1]}; {made_for}") from None
 
 
 def _linear(inputs: int | None, outputs: int, bias: bool) -> nn.Linear:
