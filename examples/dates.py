@@ -25,13 +25,13 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 
 LANGUAGES = "zh cs da nl en fi fr de el he hi hu id it ja ko nb pl pt ro ru sk es sv th tr"  # all with the digits 0-9
-days = [date.fromordinal(365_000 + n) for n in torch.randperm(3_000_000)[:60_000].tolist()]  # years of four digits
+days = [date.fromordinal(365_000 + n) for n in torch.randperm(3_000_000)[:70_200].tolist()]  # years of four digits
 texts = [format_date(day, ("medium", "long", "full")[i % 3], LANGUAGES.split()[i % 26]) for i, day in enumerate(days)]
 alphabet = "".join(sorted({"\0", *"-0123456789".join(texts)}))
 lengths = torch.tensor([len(text) for text in texts])
 sources = torch.tensor([[alphabet.index(sign) for sign in text.ljust(50, "\0")] for text in texts])
 targets = torch.tensor([[alphabet.index(sign) for sign in f"-{day}"] for day in days])  # the first sign is given
-held_out, batches = torch.arange(2028), (2028 + lengths[2028:].argsort()).split(32)  # each of dates of one length
+held_out, batches = torch.arange(70_200)[-2028:], lengths[:-2028].argsort().split(32)  # each of dates of one length
 
 symbol, neighbours = nn.Embedding(len(alphabet), 96, padding_idx=0), nn.Conv1d(96, 96, kernel_size=9, padding="same")
 writer, score = nn.GRU(96, 96, batch_first=True), regard.Additive(96, 96, hidden_dim=48)
@@ -48,28 +48,28 @@ def decode(batch: Tensor) -> tuple[Tensor, regard.Attended]:
 
 
 optimizer = torch.optim.Adam(nn.ModuleList([symbol, neighbours, writer, score, answer]).parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=len(batches))
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=7e-3, total_steps=len(batches))
 for i in tqdm(torch.randperm(len(batches)).tolist(), disable=None):
     logits, _ = decode(batches[i])
     optimizer.zero_grad()
     nn.functional.cross_entropy(logits.mT, targets[batches[i], 1:]).backward()
     optimizer.step()
     schedule.step()
-
 torch.set_grad_enabled(False)
 logits, seen = decode(held_out)
 exact = (logits.argmax(dim=-1) == targets[held_out, 1:]).all(dim=1).float().mean()  # so also if written sign by sign
 own = []  # for each date: signs of the answer, and the characters that they are
-for text in texts[: len(held_out)]:
+for text in texts[-2028:]:
     first, *_, last = re.finditer(r"\d+", text)
-    year, day = (first, last) if len(first[0]) == 4 else (last, first)  # no language has the month first or last
+    year, day = (first, last) if len(first[0]) == 4 else (last, first)  # the month's number, if any, stands between
     own.append(dict(enumerate(range(*year.span()))) | dict(enumerate(range(*day.span()), 10 - len(day[0]))))
 looks = zip(seen.weights(), own, strict=True)
-aligned = torch.tensor([at[i].argmax() == j for at, characters in looks for i, j in characters.items()]).float().mean()
+aligned = (
+    torch.tensor([row[i].argmax() == j for row, characters in looks for i, j in characters.items()]).float().mean()
+)
 print(f"held-out dates exact: {exact:.4f}, largest weight on the right character: {aligned:.4f}")
 
-ax = heatmap(seen.weights()[-1, :, : lengths[2027]], str(days[2027]), texts[2027])
-ax.plot(list(own[-1].values()), list(own[-1]), "r.")
+heatmap(seen.weights()[-1, :, : lengths[-1]], str(days[-1]), texts[-1]).plot([*own[-1].values()], [*own[-1]], "r.")
 part = out.with_name(f"part-{out.name}")
 plt.savefig(part, dpi=150)
 part.replace(out)  # nobody finds half a picture

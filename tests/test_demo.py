@@ -130,7 +130,7 @@ def test_a_model_without_attention_has_no_alignments() -> None:
 
 def test_it_learns(model: Pronouncer) -> None:
     examples = [("abba", ("A", "B", "A")), ("back", ("B", "A", "K")), ("kab", ("K", "A", "B"))]
-    assert pronounce.train(model, examples, steps=100, seed=0) == 100
+    assert pronounce.train(model, examples, steps=200, seed=0) == 200
     assert model.pronounce([word for word, _ in examples]) == [sounds for _, sounds in examples]
 
 

@@ -141,7 +141,7 @@ def explain(
 
     >>> x = torch.randn(1, 4096, 64)
     >>> print(explain(x, x, x, mask=Window(128, 0)))
-    chunked, about 32.0 MiB beyond inputs and outputs
+    chunked, about 20.0 MiB beyond inputs and outputs
       not sdpa: rows with keys of their own would need a float mask of Lq × Lk
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)

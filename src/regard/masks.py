@@ -325,7 +325,13 @@ class Documents(Mask):
 
 
 class Keep(Mask):
-    """A bool tensor, True = may attend, aligned right as broadcasting does: 2-D is (Lq, Lk)."""
+    """A bool tensor, True = may attend, aligned right as broadcasting does: 2-D is (Lq, Lk).
+
+    >>> (Keep(torch.eye(3).bool()) | Lengths(1)).lay(Grid((), 3, 3)).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 0, 1]], dtype=torch.int32)
+    """
 
     def __init__(self, keep: Tensor) -> None:
         if keep.dtype != torch.bool:

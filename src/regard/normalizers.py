@@ -65,7 +65,7 @@ class Entmax15(Normalizer):
     Peters, Niculae & Martins 2019, "Sparse Sequence-to-Sequence Models".
 
     >>> Entmax15()(torch.tensor([1.0, 0.4, -2.0]))
-    tensor([0.7077, 0.2923, 0.0000])
+    tensor([0.7073, 0.2927, 0.0000])
     """
 
     def __call__(self, scores: Tensor) -> Tensor:

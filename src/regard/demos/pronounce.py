@@ -243,9 +243,10 @@ def learn_each(scores: Iterable[str], known: Words, steps: int, seed: int, out: 
         learnt = learn(score, known, steps, seed)
         save(learnt, out / f"{score}.safetensors")
         print("wrote", out / f"{score}.safetensors")
-        yield learnt
         if learnt.steps < steps:
             print(f"stopped after {learnt.steps:,} of {steps:,} steps; going on with what was learnt")
+        yield learnt
+        if learnt.steps < steps:
             return
 
 
