@@ -41,15 +41,13 @@ def test_docstrings_run(name: str) -> None:
 
 
 def test_every_public_class_and_function_has_an_example() -> None:
-    public = [getattr(regard, name) for name in regard.__all__]
-    public += [each for module in (modules, pooling, scores) for each in vars(module).values() if hasattr(each, "mro")]
+    public = {getattr(regard, name) for name in regard.__all__}
+    for module in (modules, pooling, scores):
+        public |= {each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__}
     without = {
         each.__qualname__
         for each in public
-        if each.__module__.startswith("regard")
-        and each.__module__ != "regard.reference"
-        and not each.__qualname__.startswith("_")
-        and ">>>" not in each.__doc__
+        if not each.__qualname__.startswith("_") and ">>>" not in (each.__doc__ or "")
     }
     abstract = {"Score", "Mask", "Normalizer", "SaliencyPooling"}
     results = {"Attended", "Explanation"}
@@ -140,9 +138,3 @@ def test_the_two_readmes_hold_the_same_code() -> None:
     )
     without_comments = [[re.sub(r"\s*#.*", "", block) for block in blocks] for blocks in (english, chinese)]
     assert without_comments[0] == without_comments[1]
-
-
-def test_ruff_and_pyright_are_clean() -> None:
-    for command in (["ruff", "check"], ["ruff", "format", "--check"], ["pyright", "--pythonpath", sys.executable]):
-        run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stdout
