@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.problem import Problem
-from regard.reference import FunctionPair
+from regard.reference import FunctionPair, widened
 from regard.transforms import transforming
 
 BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
@@ -45,7 +45,7 @@ def _compute(problem: Problem, compute: Callable[[Problem], Tensor], summed: boo
         return compute(problem)
     if isinstance(problem.pair, FunctionPair):  # only autograd knows what the function captures
         blocks = problem.blocks(_rows_at_once(problem))
-        parts = [checkpoint(compute, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        parts = [checkpoint(compute, block, use_reentrant=False) for block in blocks]
         return torch.stack(parts).sum(0) if summed else torch.cat(parts, -2)
     return _InBlocks.apply(problem, compute, summed, *problem.differentiable())
 
@@ -84,17 +84,20 @@ class _InBlocks(torch.autograd.Function):
         problem, compute = ctx.problem.replaced(leaves), ctx.compute
         if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
             return None, None, None, *_gradients(compute(problem), leaves, needed, grad, create_graph=True)
-        sums, rows, start = [torch.zeros_like(x) for x in leaves], _rows_at_once(problem), 0
+        sums = [torch.zeros_like(x, dtype=widened(x[:0]).dtype) for x in leaves]
+        rows, start = _rows_at_once(problem), 0
         for block, into in zip(problem.blocks(rows), problem.replaced(sums).blocks(rows), strict=True):
-            parts = [x.detach().requires_grad_(need) for x, need in zip(block.differentiable(), needed, strict=True)]
+            parts = [widened(x.detach()) for x in block.differentiable()]
+            parts = [x.requires_grad_(need) for x, need in zip(parts, needed, strict=True)]
             with torch.enable_grad():
                 part = compute(block.replaced(parts))
-            gradients = _gradients(part, parts, needed, _rows(grad, start, block, ctx.summed))
+            gradients = _gradients(part, parts, needed, _rows(grad, start, block, ctx.summed).to(part.dtype))
             for total, gradient in zip(into.differentiable(), gradients, strict=True):
                 if gradient is not None:
                     total.add_(gradient)
             start += block.queries
-        return None, None, None, *(total if need else None for total, need in zip(sums, needed, strict=True))
+        totals = [total.to(x.dtype) if need else None for total, x, need in zip(sums, leaves, needed, strict=True)]
+        return None, None, None, *totals
 
 
 def _rows(result: Tensor, start: int, block: Problem, summed: bool) -> Tensor:
