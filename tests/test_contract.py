@@ -212,6 +212,17 @@ def test_other_dtypes(impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         assert (found - true).detach().abs().max() <= budget
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_summed_in_float32(impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 1)
+    query, key = torch.zeros(1, 3000, 8, dtype=dtype), torch.zeros(1, 1, 8, dtype=dtype)
+    value = torch.ones(1, 1, 8, dtype=dtype, requires_grad=True)
+    regard.attend(query, key, value, impl=impl).sum(1).backward(torch.ones(1, 8, dtype=dtype))
+    assert value.grad is not None
+    assert value.grad.eq(torch.tensor(3000, dtype=dtype)).all()  # 256 or 2048 when summed in its own precision
+
+
 # --- Rows, keys, values that nothing attends; writing to the caller's.
 
 
