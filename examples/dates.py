@@ -1,7 +1,7 @@
 """What are query, key and value of a decoder? Learn to write the dates of 26 languages as 2019-07-23, and look.
 
 The query is what it has written so far, the keys are the characters, each with its neighbours, the values the
-characters alone. Each digit of year and day looks at its own (red dots), wherever a language has it.
+characters alone. Each digit of year and day looks at its own (dots), wherever a language has it.
 """
 
 import argparse
@@ -25,13 +25,13 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 
 LANGUAGES = "zh cs da nl en fi fr de el he hi hu id it ja ko nb pl pt ro ru sk es sv th tr"  # all with the digits 0-9
-days = [date.fromordinal(365_000 + n) for n in torch.randperm(3_000_000)[:70_200].tolist()]  # years of four digits
+days = [date.fromordinal(365_000 + n) for n in torch.randperm(3_000_000)[:60_060].tolist()]  # years of four digits
 texts = [format_date(day, ("medium", "long", "full")[i % 3], LANGUAGES.split()[i % 26]) for i, day in enumerate(days)]
-alphabet = "".join(sorted({"\0", *"-0123456789".join(texts)}))
+alphabet = "".join(sorted({"\0", *"-0123456789", *"".join(texts)}))
 lengths = torch.tensor([len(text) for text in texts])
 sources = torch.tensor([[alphabet.index(sign) for sign in text.ljust(50, "\0")] for text in texts])
 targets = torch.tensor([[alphabet.index(sign) for sign in f"-{day}"] for day in days])  # the first sign is given
-held_out, batches = torch.arange(70_200)[-2028:], lengths[:-2028].argsort().split(32)  # each of dates of one length
+held_out, batches = torch.arange(60_060)[-2028:], lengths[:-2028].argsort().split(32)  # each of dates of one length
 
 symbol, neighbours = nn.Embedding(len(alphabet), 96, padding_idx=0), nn.Conv1d(96, 96, kernel_size=9, padding="same")
 writer, score = nn.GRU(96, 96, batch_first=True), regard.Additive(96, 96, hidden_dim=48)
@@ -63,13 +63,11 @@ for text in texts[-2028:]:
     first, *_, last = re.finditer(r"\d+", text)
     year, day = (first, last) if len(first[0]) == 4 else (last, first)  # the month's number, if any, stands between
     own.append(dict(enumerate(range(*year.span()))) | dict(enumerate(range(*day.span()), 10 - len(day[0]))))
-looks = zip(seen.weights(), own, strict=True)
-aligned = (
-    torch.tensor([row[i].argmax() == j for row, characters in looks for i, j in characters.items()]).float().mean()
-)
+hits = [at[i].argmax() == j for at, places in zip(seen.weights(), own, strict=True) for i, j in places.items()]
+aligned = sum(hits) / len(hits)
 print(f"held-out dates exact: {exact:.4f}, largest weight on the right character: {aligned:.4f}")
-
-heatmap(seen.weights()[-1, :, : lengths[-1]], str(days[-1]), texts[-1]).plot([*own[-1].values()], [*own[-1]], "r.")
+ax = heatmap(seen.weights()[-1, :, : lengths[-1]], str(days[-1]), texts[-1])
+ax.plot(list(own[-1].values()), list(own[-1]), "r.")
 part = out.with_name(f"part-{out.name}")
 plt.savefig(part, dpi=150)
 part.replace(out)  # nobody finds half a picture

@@ -1,6 +1,6 @@
 """Does the bag hold a nine? Learnt from bags and answers, while no digit is ever named (Ilse et al. 2018).
 
-Bags hold 4 to 13 handwritten digits. Gated attention pooling weighs each by its look alone, and the weights find the
+Bags hold 4 to 13 handwritten digits. Gated attention pooling weighs each by its look alone, and its weights find the
 nines (red), which nobody pointed at: their AUC is the chance that a nine outweighs another digit.
 """
 
@@ -29,35 +29,34 @@ held_out, learnt = torch.randperm(len(images)).split([500, len(images) - 500])
 
 
 def bags(source: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (count, 13, 64), how many of them are in the bag (count,), and which are nines in it (count, 13)."""
+    """Images (count, 13, 64), how many are in the bag (count,), and which of these are nines (count, 13)."""
     drawn, sizes = source[torch.randint(len(source), (count, 13))], torch.randint(4, 14, (count,))
     return images[drawn] / 16, sizes, (digits[drawn] == 9) & (torch.arange(13) < sizes.unsqueeze(1))
 
 
-embed = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2))
-pool, answer = GatedAttentionPooling(64, hidden_dim=32), nn.Linear(64, 1)
-model = nn.ModuleList([embed, pool, answer])
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+embed = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5))
+pool, answer = GatedAttentionPooling(256, hidden_dim=32), nn.Linear(256, 1)
+optimizer = torch.optim.AdamW(nn.ModuleList([embed, pool, answer]).parameters(), lr=3e-3)
 for _ in trange(300, disable=None):
     items, sizes, nines = bags(learnt, 64)
     logits = answer(pool(embed(items), Lengths(sizes))).squeeze(1)
     optimizer.zero_grad()
     nn.functional.binary_cross_entropy_with_logits(logits, nines.any(dim=1).float()).backward()
     optimizer.step()
-
 torch.set_grad_enabled(False)
-model.eval()
+embed.eval()
 items, sizes, nines = bags(held_out, 1000)
 seen = pool.attention(embed(items), Lengths(sizes))
-weights, logits, inside = seen.weights().squeeze(1), answer(seen.out).flatten(), torch.arange(13) < sizes.unsqueeze(1)
+weights, logits = seen.weights().squeeze(1), answer(seen.out).flatten()
+inside = torch.arange(13) < sizes.unsqueeze(1)
 among = inside & nines.any(dim=1, keepdim=True)  # the digits of bags with a nine
 bag_auc, instance_auc = roc_auc_score(nines.any(dim=1), logits), roc_auc_score(nines[among], weights[among])
 print(f"bag AUC {bag_auc:.4f}, instance AUC {instance_auc:.4f}")
-
-ax = heatmap(weights[:8], [f"{100 * p:.0f} %" for p in logits[:8].sigmoid()], mask=inside[:8], cmap="Reds")
-ink = (items[:8] * inside[:8].unsqueeze(2)).reshape(8, 13, 8, 8).transpose(1, 2).reshape(64, 104)
-ax.imshow(torch.zeros_like(ink).numpy(), "gray", alpha=ink.numpy(), extent=(-0.5, 12.5, 7.5, -0.5))
-ax.set(xlabel="digits", ylabel="holds a nine", title="Bags of digits, none of which was learnt from")
+ax = heatmap(weights[:8], [f"{100 * p:.0f} %" for p in logits[:8].sigmoid()], mask=inside[:8], cmap="autumn_r")
+drawn = (items * inside.unsqueeze(2))[:8].reshape(8, 13, 8, 8)
+ink = nn.functional.pad(drawn, (1, 1, 1, 1)).transpose(1, 2).reshape(80, 130).numpy()
+ax.imshow(0 * ink, "gray", alpha=ink, extent=(-0.5, 12.5, 7.5, -0.5))
+ax.set(xlabel="digits of the bag", ylabel="holds a nine")
 part = out.with_name(f"part-{out.name}")
 plt.savefig(part, dpi=150)
 part.replace(out)  # nobody finds half a picture

@@ -89,7 +89,7 @@ def test_explain_says_why_not_and_how_much() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"score": regard.Gaussian()}, "L2Pair"),
+        ({"score": regard.Gaussian()}, "dot products only"),
         ({"normalizer": regard.Sparsemax()}, "Sparsemax"),
         ({"bias": torch.zeros(3, 3)}, "bias"),
         ({"dropout_p": 0.1}, "dropout"),

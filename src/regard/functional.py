@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard import kernels
 from regard.attended import Attended
@@ -20,7 +20,8 @@ from regard.normalizers import Normalizer, Softmax
 from regard.problem import Indices, Problem
 from regard.reference import FunctionPair
 from regard.scores import ScaledDot, Score
-from regard.visible import blank, one_for_all, seeing_rows, seen_keys
+from regard.transforms import autocasting
+from regard.visible import blank, seeing_rows, seen_keys, shared_keys
 
 
 def attend(
@@ -164,20 +165,18 @@ def lower(
 ) -> Problem:
     """Check, blank, project: from what a user says to what an implementation may see."""
     grid = _check(query, key, value, score, bias, normalizer, dropout_p, enable_gqa)
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasting(query):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     intervals, keep, shared = None, None, None
     if mask is not None:
         intervals, keep = _as_mask(mask).lower(grid)
-        seen = seen_keys(intervals, keep, grid)
+    if intervals is not None or keep is not None:
+        shared = shared_keys(intervals, keep, grid)
+        seen = seen_keys(intervals, keep, grid) if shared is None else shared
         if seen is not None:
             column = seen.mT
             key, value = blank(key, column, score.heads), blank(value, column, score.heads)
         query = blank(query, seeing_rows(intervals, keep, grid), score.heads)
-        if one_for_all(intervals, keep):
-            shared = seen
-            if seen is None:
-                intervals, keep = None, None
     query, key, pair = score.project_query(query), score.project_key(key), score.pair()
     if query.shape[-1] != key.shape[-1] and not isinstance(pair, FunctionPair):
         sizes = f"query is projected to size {query.shape[-1]} and key to size {key.shape[-1]}"
@@ -220,10 +219,12 @@ def _check(
         and query.dtype.is_floating_point
         and query.dtype == key.dtype == value.dtype
         and query.device == key.device == value.device
-        and min(query.dim(), key.dim(), value.dim()) > 1
+        and query.dim() > 1
+        and key.dim() > 1
+        and value.dim() > 1
     ):
         _reject({"query": query, "key": key, "value": value})
-    if not isinstance(score, Score):
+    if not (isinstance(score, nn.Module) and hasattr(score, "pair")):  # cheaper than isinstance of an abstract class
         raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot() or FunctionScore(function)")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
@@ -248,11 +249,11 @@ def _check(
 
 
 def _as_mask(mask: Mask | Tensor) -> Mask:
-    if isinstance(mask, Mask):
-        return mask
     if isinstance(mask, Tensor):
         return Keep(mask)
-    raise TypeError(f"mask is a {type(mask).__name__}; it must be a Mask, a bool Tensor or None")
+    if not hasattr(mask, "lower"):
+        raise TypeError(f"mask is a {type(mask).__name__}; it must be a Mask, a bool Tensor or None")
+    return mask
 
 
 def _reject(inputs: dict[str, Tensor]) -> NoReturn:

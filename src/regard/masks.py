@@ -100,6 +100,14 @@ def _nonempty(intervals: list[Interval]) -> Intervals:
     return tuple(i for i in intervals if not (isinstance(i.low, int) and isinstance(i.high, int) and i.low >= i.high))
 
 
+def _everything(intervals: Intervals, grid: Grid) -> bool:
+    """Whether it can be seen that every row may attend every key."""
+    for low, high, _ in intervals:
+        if isinstance(high, int) and isinstance(low, int) and low <= 0 and high >= grid.keys:
+            return True
+    return False
+
+
 # --- The masks.
 
 
@@ -117,7 +125,9 @@ class Mask(ABC):
     def lower(self, grid: Grid) -> tuple[Intervals | None, Tensor | None]:
         """Intervals and a dense bool, both of which must allow a key; None allows all."""
         intervals = self.intervals(grid)
-        return (intervals, None) if intervals is not None else (None, self.lay(grid))
+        if intervals is None:
+            return None, self.lay(grid)
+        return (None if _everything(intervals, grid) else intervals), None
 
     def lay(self, grid: Grid) -> Tensor:
         """The predicate over a whole grid: bool, broadcasting to (*leading, Lq, Lk)."""
@@ -365,9 +375,8 @@ class And(Mask):
         return both if len(both) <= 2 else None
 
     def lower(self, grid: Grid) -> tuple[Intervals | None, Tensor | None]:
-        intervals = self.intervals(grid)
-        if intervals is not None:
-            return intervals, None
+        if self.intervals(grid) is not None:
+            return super().lower(grid)
         (left, keep_left), (right, keep_right) = self.left.lower(grid), self.right.lower(grid)
         if left is not None and right is not None:
             return None, self.lay(grid)
@@ -442,13 +451,14 @@ def per_sample(
 
     With a limit, the values are checked to lie in 0 .. limit where looking at them costs nothing.
     """
-    least = -1
-    if limit is not None and (found := looked_at(values)):
-        least, most = min(found), max(found)
-        if least < 0 or most > limit:
-            raise ValueError(f"{name} spans {least} .. {most}; it must lie in 0 .. {limit}, the number of keys")
     if isinstance(values, int):
-        return values, least
+        _reject_outside(values, values, name, limit)
+        return values, values
+    least = -1
+    if limit is not None and may_look_at(values) and values.numel():
+        found = values.flatten().tolist()
+        least = min(found)
+        _reject_outside(least, max(found), name, limit)
     _reject_non_integers(values, name)
     batch = grid.leading[:1]
     if values.shape != batch and not (rows and values.dim() == 2 and values.shape == (*batch, grid.queries)):
@@ -472,11 +482,9 @@ def _reject_non_integers(values: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be an integer type")
 
 
-def looked_at(values: int | Tensor) -> list[int]:
-    """The values, or none where looking at them would cost."""
-    if isinstance(values, int):
-        return [values]
-    return values.flatten().tolist() if may_look_at(values) else []
+def _reject_outside(least: int, most: int, name: str, limit: int | None) -> None:
+    if limit is not None and (least < 0 or most > limit):
+        raise ValueError(f"{name} spans {least} .. {most}; it must lie in 0 .. {limit}, the number of keys")
 
 
 def broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

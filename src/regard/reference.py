@@ -94,7 +94,10 @@ def activate(pair: AdditivePair, x: Tensor) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """exp(s) / Σ exp(s) along the last dimension, and 0 in a row of −inf only."""
-    return torch.ops.aten._safe_softmax.default(scores, -1)
+    return _safe_softmax(scores, -1)
+
+
+_safe_softmax = torch.ops.aten._safe_softmax.default  # what scaled_dot_product_attention normalizes with
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def widened(x: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in their own precision, which autocast would lower."""
-    if torch.is_autocast_enabled(a.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return a @ b
     plain = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0]

@@ -20,3 +20,8 @@ def may_look_at(values: Tensor) -> bool:
         and values.device.type == "cpu"
         and not transforming()
     )
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)

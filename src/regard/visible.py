@@ -32,6 +32,18 @@ def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:
     return torch.where(alive, x, 0)
 
 
+def shared_keys(intervals: Intervals | None, keep: Tensor | None, grid: Grid) -> Tensor | None:
+    """Bool, broadcasting to (*leading, 1, Lk): what every row may attend, where all may attend the same."""
+    for low, high, _ in intervals or ():
+        if not (constant(low) and constant(high)):
+            return None
+    if grid.queries == 0 or (keep is not None and not _one_row(keep)):
+        return None
+    inside = None if intervals is None else grid.within(intervals)
+    shared = keep if inside is None else inside if keep is None else inside & keep
+    return shared.unsqueeze(0) if shared is not None and shared.dim() == 1 else shared
+
+
 def seen_keys(intervals: Intervals | None, keep: Tensor | None, grid: Grid) -> Tensor | None:
     """Bool, broadcasting to (*leading, 1, Lk): the keys that some row may attend."""
     if grid.queries == 0 or grid.keys == 0:
@@ -68,14 +80,6 @@ def seeing_rows(intervals: Intervals | None, keep: Tensor | None, grid: Grid) ->
         here = here if here.dim() else here.reshape(1, 1)
         seeing = here if seeing is None else seeing | here
     return torch.zeros(1, 1, dtype=torch.bool, device=grid.device) if seeing is None else seeing
-
-
-def one_for_all(intervals: Intervals | None, keep: Tensor | None) -> bool:
-    """Whether every row may attend the same keys, as with lengths alone."""
-    for low, high, _ in intervals or ():
-        if not (constant(low) and constant(high)):
-            return False
-    return keep is None or _one_row(keep)
 
 
 def _one_row(keep: Tensor) -> bool:

@@ -17,7 +17,7 @@ from regard.reference import DotPair, per_query_head
 
 def refuses(problem: Problem) -> str | None:
     if not isinstance(problem.pair, DotPair):
-        return f"it computes dot products, not {type(problem.pair).__name__}"
+        return "it computes dot products only"
     if not isinstance(problem.normalizer, Softmax):
         return f"it normalizes by softmax, not {type(problem.normalizer).__name__}"
     if problem.bias is not None:

@@ -1,0 +1,85 @@
+"""Every example runs as a learner would run it, makes one picture, and reaches the numbers that it claims."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+NUMBER = r"(\d+\.\d+)"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_is_short_and_says_what_one_sees(example: Path) -> None:
+    lines = example.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 75
+    assert lines[0].startswith('"""')
+    assert lines[1] == ""
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_makes_one_picture_and_reaches_its_numbers(example: Path, tmp_path: Path) -> None:
+    said = run(example, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{example.stem}.png"]
+    picture = imread(tmp_path / f"{example.stem}.png")[..., :3]
+    assert min(picture.shape[:2]) >= 200
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    if example.stem in CLAIMS:
+        CLAIMS[example.stem](said)
+
+
+def test_out_names_the_picture(tmp_path: Path) -> None:
+    run(EXAMPLES[0], tmp_path, "--out", "here.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["here.png"]
+
+
+def run(example: Path, folder: Path, *arguments: str) -> str:
+    """What the example prints; it must end well and say nothing on stderr."""
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(example), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def numbers(pattern: str, said: str) -> list[float]:
+    found = re.search(pattern, said)
+    assert found is not None, said
+    return [float(number) for number in found.groups()]
+
+
+def additive_toy(said: str) -> None:
+    assert said.split("\n")[:2] == ["[[2.0, 3.0, 4.0, 5.0]]", "[[10.0, 11.0, 12.0, 13.0]]"]
+
+
+def cues(said: str) -> None:
+    *poolings, attention = numbers(f"mean {NUMBER}, max {NUMBER}, gated {NUMBER}, attention {NUMBER}", said)
+    assert min(poolings) >= 0.8
+    assert attention <= 0.02
+
+
+def kernel_regression(said: str) -> None:
+    (fixed,), (learnt,) = numbers(rf"fixed.*error {NUMBER}", said), numbers(rf"learnt.*error {NUMBER}", said)
+    assert learnt < fixed / 2
+
+
+def dates(said: str) -> None:
+    exact, aligned = numbers(f"exact: {NUMBER}, .*right character: {NUMBER}", said)
+    assert exact >= 0.99
+    assert aligned >= 0.9
+
+
+def digit_bags(said: str) -> None:
+    bag, instance = numbers(f"bag AUC {NUMBER}, instance AUC {NUMBER}", said)
+    assert bag >= 0.96
+    assert instance >= 0.95
+
+
+CLAIMS = {claim.__name__: claim for claim in (additive_toy, cues, kernel_regression, dates, digit_bags)}
