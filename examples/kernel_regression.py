@@ -50,8 +50,8 @@ for name, score, ax in (("fixed", fixed, maps[0]), ("learnt", learnt, maps[1])):
     print(f"{name}: error {error:.3f}")
     left.plot(query, seen.out, label=name)
     heatmap(seen.weights().detach(), ax=ax).set(xlabel="observations", ylabel="queries", title=name)
-left.set(xlabel="x", ylabel="y")
-left.legend()
+left.set(xlabel="x", ylabel="y", ylim=(-0.2, 7))
+left.legend(ncols=2, loc="upper center", fontsize="small")
 
 part = out.with_name(f"part-{out.name}")
 figure.savefig(part, dpi=150)

@@ -99,3 +99,13 @@ def test_weights_alone() -> None:
     torch.testing.assert_close(p, regard.attention(query, key, key, score, regard.Causal()).weights())
     torch.testing.assert_close(regard.weights(query, key, score, regard.Causal(), rows=[3]), p[:, 3:4])
     assert regard.weights(query.half(), key.half(), score.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_are_read_outside_the_mode_that_they_were_made_in(mode: type[torch.no_grad]) -> None:
+    x, score = torch.randn(2, 5, 4), regard.Additive(4, 4, 6)
+    with mode():
+        seen = regard.attention(x, x, x, score, regard.Lengths(torch.tensor([5, 2])))
+    for part in (seen.weights(), seen.entropy(), seen.key_mass(), seen.top_k(1)[0], seen.lse):
+        assert part is not None
+        assert not part.requires_grad

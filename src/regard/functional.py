@@ -87,7 +87,10 @@ def attention(
     (torch.Size([2, 3, 4]), torch.Size([2, 1, 5]), torch.Size([2, 3]))
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
-    return Attended(kernels.choose(problem, impl).run(problem), problem)
+    out = kernels.choose(problem, impl).run(problem)
+    if not torch.is_grad_enabled():  # nor are the weights to record gradients when they are read, wherever that is
+        problem = problem.replaced([x.detach() for x in problem.differentiable()])
+    return Attended(out, problem)
 
 
 def weights(
