@@ -110,7 +110,8 @@ def test_sdpa_runs_torchs_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
         query, key, value, mask = args
         calls.append({"mask": mask, **kwargs})
-        flash = torch._fused_sdp_choice(query, key, value, mask, is_causal=kwargs["is_causal"])
+        choice = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+        flash = choice(query, key, value, mask, is_causal=kwargs["is_causal"])
         assert flash == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
         return fused(*args, **kwargs)
 
