@@ -38,6 +38,7 @@ LENS = torch.tensor([3, 1])
         ({"mask": torch.ones(3, 3)}, TypeError, "mask has dtype torch.float32; it must be bool"),
         ({"mask": torch.ones(3, 5).bool()}, ValueError, r"mask has shape \(3, 5\); it must broadcast to \(2, 3, 3\)"),
         ({"mask": regard.Lengths(torch.tensor([1, 4]))}, ValueError, r"valid_lens spans 1 .. 4"),
+        ({"bias": 1.0}, TypeError, "bias is a float; it must be a Tensor"),
         ({"bias": torch.ones(3, 3).bool()}, TypeError, "bias has dtype torch.bool"),
         ({"bias": torch.ones(4, 3)}, ValueError, r"bias has shape \(4, 3\); it must broadcast to \(2, 3, 3\)"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; it must lie in 0 .. 1"),

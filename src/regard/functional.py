@@ -244,6 +244,8 @@ def _check(
     grid = Grid(leading, query.shape[-2], key.shape[-2], query.device)
     if bias is not None:
         whole = (*leading, grid.queries, grid.keys)
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias is a {type(bias).__name__}; it must be a Tensor")
         if not bias.is_floating_point():
             raise TypeError(f"bias has dtype {bias.dtype}; it must be a floating type (a bool belongs in mask)")
         if not broadcasts(bias.shape, whole):
