@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,18 +16,32 @@ from regard.problem import Indices, Problem
 class Attended:
     """What `regard.attention` returns: `out`, and the rest computed when asked, in linear memory.
 
-    Weights are those before dropout, in float32 for half precision inputs; every result is differentiable.
+    Weights are those before dropout, in float32 for half precision inputs; every result is differentiable. They are
+    computed from the inputs of the call: RuntimeError where these have been written to since.
     """
 
     out: Tensor  # (..., Lq, Dv)
     problem: Problem
+    versions: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self._versions())
+
+    def _versions(self) -> tuple[int, ...]:
+        tensors = (*self.problem.differentiable(), *self.problem.constant())
+        return tuple(0 if x.is_inference() else x._version for x in tensors)
+
+    def _unchanged(self) -> Problem:
+        if self._versions() != self.versions:
+            raise RuntimeError("the inputs of this attention were written to since; read its weights before that")
+        return self.problem
 
     @property
     def lse(self) -> Tensor | None:
         """(..., Lq): log Σ_j exp(s_ij) over the keys a row may attend, −inf for none; None unless softmax."""
-        if not isinstance(self.problem.normalizer, Softmax):
+        if type(self.problem.normalizer) is not Softmax:
             return None
-        return chunked.by_rows(self.problem, Problem.log_sum_exp).squeeze(-1)
+        return chunked.by_rows(self._unchanged(), Problem.log_sum_exp).squeeze(-1)
 
     def weights(self, rows: Indices | None = None, heads: Indices | None = None) -> Tensor:
         """(..., rows, Lk): the weights of some query rows and heads (dimension −3), or of all of them.
@@ -35,26 +49,27 @@ class Attended:
         `rows` and `heads` are slices or sequences of ints; ValueError where one is out of range, or where `heads`
         is given and there are none.
         """
-        return self.problem.select(rows, heads).weights()
+        return self._unchanged().select(rows, heads).weights()
 
     def top_k(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest weights of each row and their keys, both (..., Lq, k), largest first.
 
         ValueError where k is not in 1 .. Lk.
         """
-        if not 1 <= k <= self.problem.keys:
-            raise ValueError(f"k is {k}; it must lie in 1 .. {self.problem.keys}, the number of keys")
+        problem = self._unchanged()
+        if type(k) is not int or not 1 <= k <= problem.keys:
+            raise ValueError(f"k is {k}; it must be an int in 1 .. {problem.keys}, the number of keys")
         with torch.no_grad():
-            keys = chunked.by_rows(self.problem, lambda block: block.weights().topk(k).indices)
-        return chunked.by_rows(self.problem, lambda block: block.weights().topk(k).values), keys
+            keys = chunked.by_rows(problem, lambda block: block.weights().topk(k).indices)
+        return chunked.by_rows(problem, lambda block: block.weights().topk(k).values), keys
 
     def key_mass(self) -> Tensor:
         """(..., Lk): Σ_i p_ij, how much weight each key got from all rows together."""
-        return chunked.summed_over_rows(self.problem, _key_mass).squeeze(-2)
+        return chunked.summed_over_rows(self._unchanged(), _key_mass).squeeze(-2)
 
     def entropy(self) -> Tensor:
         """(..., Lq): −Σ_j p_ij log p_ij in nats, 0 for a row that attends nothing."""
-        return chunked.by_rows(self.problem, _entropy).squeeze(-1)
+        return chunked.by_rows(self._unchanged(), _entropy).squeeze(-1)
 
     def __repr__(self) -> str:
         problem = self.problem

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.attended import Attended
-from regard.functional import attention
+from regard.functional import attention, blanked
 from regard.look.heatmaps import show_heatmaps
 from regard.masks import Grid, Lengths
 from regard.reference import softmax
@@ -81,7 +81,7 @@ class _KeepsItsLook(nn.Module):
     @property
     def attention_weights(self) -> Tensor:
         if self._attended is None:
-            raise AttributeError("attention_weights are there after a call")
+            raise AttributeError  # which torch words as it does for the textbook's module
         return self._attended.weights()
 
     def _attend(
@@ -177,6 +177,8 @@ class MultiHeadAttention(nn.Module):
         own = ("num_hiddens", "num_heads", "dropout", "bias")
         sizes = _arguments(args, kwargs, ("key_size", "query_size", "value_size", *own), own, bias=False)
         hiddens, bias = sizes["num_hiddens"], sizes["bias"]
+        if hiddens % sizes["num_heads"]:
+            raise ValueError(f"num_heads is {sizes['num_heads']}; it must divide num_hiddens, which is {hiddens}")
         self.num_heads = sizes["num_heads"]
         self.attention = DotProductAttention(sizes["dropout"])
         self.W_q, self.W_k, self.W_v = (
@@ -187,6 +189,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Tensor | None = None) -> Tensor:
         """(B, Lq, num_hiddens)."""
+        if valid_lens is not None:
+            grid = Grid(queries.shape[:1], queries.shape[1], keys.shape[1], queries.device)
+            queries, keys, values, *_ = blanked(queries, keys, values, Lengths(valid_lens), grid, heads=1)
         queries, keys, values = (
             self.transpose_qkv(project(x)) for project, x in ((self.W_q, queries), (self.W_k, keys), (self.W_v, values))
         )

@@ -1,7 +1,8 @@
 """Masks: which keys each query row may attend. True = may attend.
 
 A mask writes a predicate, `allow`, and where it can also its `intervals`: at most two [low, high) of keys per
-row, disjoint, which lets a kernel skip what lies outside. Both say the same. Masks combine with `&`, `|`, `~`.
+row, disjoint, which lets a kernel skip what lies outside. Both say the same. Masks combine with `&`, `|`, `~`
+(`~` cannot be traced: under torch.compile, negate outside). What is no intervals is laid densely, Lq × Lk bool.
 
 >>> mask = Lengths(torch.tensor([3, 5])) & Causal()
 >>> mask.lay(Grid((2,), 5, 5)).int()[0]
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Grid(NamedTuple):
         inside = None
         for low, high, _ in intervals:
             here = j < self.rows(high)
-            if not isinstance(low, int) or low > 0:
+            if not is_int(low) or low > 0:
                 here = here & (j >= self.rows(low))
             inside = here if inside is None else inside | here
         return torch.zeros_like(j, dtype=torch.bool) if inside is None else inside
@@ -78,34 +79,36 @@ class Grid(NamedTuple):
 
 def constant(bound: Bound) -> bool:
     """Whether the bound is the same for every row."""
-    return isinstance(bound, int) or (isinstance(bound, Tensor) and (bound.dim() < 2 or bound.shape[-2] == 1))
+    return bound.dim() < 2 or bound.shape[-2] == 1 if isinstance(bound, Tensor) else is_int(bound)
+
+
+def is_int(bound: Bound) -> TypeGuard[int]:
+    """Whether the bound is one number for all rows, symbolic while torch traces or not."""
+    return not isinstance(bound, (Tensor, Diagonal))
 
 
 def smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
     """The elementwise minimum of two bounds."""
-    if isinstance(a, int):
-        return min(a, b) if isinstance(b, int) else b.clamp(max=a)
-    return a.clamp(max=b) if isinstance(b, int) else torch.minimum(a, b)
+    if isinstance(a, Tensor):
+        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
 
 
 def larger(a: int | Tensor, b: int | Tensor) -> int | Tensor:
     """The elementwise maximum of two bounds."""
-    if isinstance(a, int):
-        return max(a, b) if isinstance(b, int) else b.clamp(min=a)
-    return a.clamp(min=b) if isinstance(b, int) else torch.maximum(a, b)
+    if isinstance(a, Tensor):
+        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
 def _nonempty(intervals: list[Interval]) -> Intervals:
     """Without those that can be seen to be empty before looking at any tensor."""
-    return tuple(i for i in intervals if not (isinstance(i.low, int) and isinstance(i.high, int) and i.low >= i.high))
+    return tuple(i for i in intervals if not (is_int(i.low) and is_int(i.high) and i.low >= i.high))
 
 
-def _everything(intervals: Intervals, grid: Grid) -> bool:
-    """Whether it can be seen that every row may attend every key."""
-    for low, high, _ in intervals:
-        if isinstance(high, int) and isinstance(low, int) and low <= 0 and high >= grid.keys:
-            return True
-    return False
+def everything(low: Bound, high: Bound, grid: Grid) -> bool:
+    """Whether it is plain to see that the interval holds every key of every row."""
+    return is_int(high) and is_int(low) and low <= 0 and high >= grid.keys
 
 
 # --- The masks.
@@ -127,21 +130,43 @@ class Mask(ABC):
         intervals = self.intervals(grid)
         if intervals is None:
             return None, self.lay(grid)
-        return (None if _everything(intervals, grid) else intervals), None
+        for low, high, _ in intervals:
+            if everything(low, high, grid):
+                return None, None
+        return intervals, None
 
     def lay(self, grid: Grid) -> Tensor:
         """The predicate over a whole grid: bool, broadcasting to (*leading, Lq, Lk)."""
         i = torch.arange(grid.queries, device=grid.device).unsqueeze(-1)
         return self.allow(i, torch.arange(grid.keys, device=grid.device), grid)
 
-    def __and__(self, other: Mask) -> Mask:
-        return And(self, other)
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        return And(self, as_mask(other))
 
-    def __or__(self, other: Mask) -> Mask:
-        return Or(self, other)
+    def __rand__(self, other: Tensor) -> Mask:
+        return And(as_mask(other), self)
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        return Or(self, as_mask(other))
+
+    def __ror__(self, other: Tensor) -> Mask:
+        return Or(as_mask(other), self)
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    def __repr__(self) -> str:
+        parts = (f"{name}={_shown(value)}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    """A bool tensor as a mask, and a mask as it is; else TypeError."""
+    if isinstance(mask, Tensor):
+        return Keep(mask)
+    if not hasattr(type(mask), "allow"):
+        raise TypeError(f"mask is {mask!r}; it must be a Mask such as Causal(), a bool Tensor or None")
+    return mask
 
 
 class Lengths(Mask):
@@ -177,10 +202,7 @@ class Lengths(Mask):
         stop, shortest = grid.keys, grid.keys
         if self.stop is not None:
             stop, shortest = per_sample(self.stop, self._stop_name, grid, limit=grid.keys)
-        return (Interval(start, stop, held=isinstance(start, int) and start < shortest),)
-
-    def __repr__(self) -> str:
-        return f"Lengths(start={_shown(self.start)}, stop={_shown(self.stop)})"
+        return (Interval(start, stop, held=is_int(start) and start < shortest),)
 
 
 Align = Literal["lower_right", "upper_left"]
@@ -208,7 +230,7 @@ class _Aligned(Mask):
     def _diagonal(self, grid: Grid, shift: int) -> Bound:
         """Row i's key, plus shift."""
         offset = self._offset(grid)
-        if isinstance(offset, int):
+        if not isinstance(offset, Tensor):
             return offset + shift if grid.queries == 1 else Diagonal(offset + shift)
         return grid.rows(Diagonal(shift)) + offset
 
@@ -253,8 +275,8 @@ class Window(_Aligned):
     ) -> None:
         super().__init__(align, offset)
         for name, size in (("left", left), ("right", right)):
-            if size is not None and size < 0:
-                raise ValueError(f"{name} is {size}; a window reaches 0 or more keys, or None for all")
+            if size is not None and (isinstance(size, float) or size < 0):
+                raise ValueError(f"{name} is {size}; a window reaches 0 or more whole keys, or None for all")
         self.left, self.right = left, right
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
@@ -310,10 +332,10 @@ class Documents(Mask):
         self.key_ids = query_ids if key_ids is None else key_ids
         _reject_non_integers(self.query_ids, "query_ids")
         _reject_non_integers(self.key_ids, "key_ids")
-        self._sorted = may_look_at(self.key_ids) and bool((self.key_ids.diff(dim=-1) >= 0).all())
 
     def _ids(self, grid: Grid) -> tuple[Tensor, Tensor]:
         for name, ids, length in (("query_ids", self.query_ids, grid.queries), ("key_ids", self.key_ids, grid.keys)):
+            _reject_other_device(ids, name, grid)
             batched = (*grid.leading[:1], length)
             if ids.shape not in ((length,), batched):
                 raise ValueError(f"{name} has shape {tuple(ids.shape)}; here it must be {(length,)} or {batched}")
@@ -325,7 +347,7 @@ class Documents(Mask):
 
     def intervals(self, grid: Grid) -> Intervals | None:
         query_ids, key_ids = self._ids(grid)
-        if not self._sorted:
+        if not may_look_at(key_ids) or bool((key_ids[..., 1:, :] < key_ids[..., :-1, :]).any()):
             return None
         leading = torch.broadcast_shapes(query_ids.shape[:-2], key_ids.shape[:-2])
         key_ids = key_ids.squeeze(-1).expand(*leading, -1).contiguous()
@@ -344,12 +366,15 @@ class Keep(Mask):
     """
 
     def __init__(self, keep: Tensor) -> None:
+        if not isinstance(keep, Tensor):
+            raise TypeError(f"mask is {keep!r}; it must be a bool Tensor")
         if keep.dtype != torch.bool:
             raise TypeError(f"mask has dtype {keep.dtype}; it must be bool (True = may attend), or pass it as bias")
         self.keep = keep
 
     def allow(self, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         whole = (*grid.leading, grid.queries, grid.keys)
+        _reject_other_device(self.keep, "mask", grid)
         if not broadcasts(self.keep.shape, whole):
             raise ValueError(f"mask has shape {tuple(self.keep.shape)}; it must broadcast to {whole}")
         return self.keep.expand(*self.keep.shape[:-1], grid.keys)
@@ -451,33 +476,42 @@ def per_sample(
 
     With a limit, the values are checked to lie in 0 .. limit where looking at them costs nothing.
     """
-    if isinstance(values, int):
+    if not isinstance(values, Tensor):
+        if not isinstance(values, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {values!r}; it must be an int or a Tensor of an integer type")
         _reject_outside(values, values, name, limit)
         return values, values
+    _reject_non_integers(values, name)
     least = -1
     if limit is not None and may_look_at(values) and values.numel():
         found = values.flatten().tolist()
         least = min(found)
         _reject_outside(least, max(found), name, limit)
-    _reject_non_integers(values, name)
     batch = grid.leading[:1]
     if values.shape != batch and not (rows and values.dim() == 2 and values.shape == (*batch, grid.queries)):
         fits = f"{tuple(batch)} or {(*batch, grid.queries)}" if rows and batch else f"{tuple(batch)}"
         raise ValueError(f"{name} has shape {tuple(values.shape)}; here it must be an int or of shape {fits}")
-    if values.device != grid.device:
-        raise ValueError(f"{name} is on {values.device}; it must be on {grid.device}, as the query")
-    return values.reshape(*batch, *[1] * len(grid.leading[1:]), -1, 1), least
+    _reject_other_device(values, name, grid)
+    of_rows = values.shape[1] if values.dim() == 2 else 1
+    return values.long().reshape(*batch, *[1] * len(grid.leading[1:]), of_rows, 1), least
 
 
 def _column(ids: Tensor, grid: Grid) -> Tensor:
     """(L,) as (L, 1), and (B, L) as (B, ..., L, 1) with a dimension of 1 for each further leading one."""
-    return ids.reshape(*ids.shape[:-1], *[1] * len(grid.leading[1:]) * (ids.dim() - 1), -1, 1)
+    return ids.reshape(*ids.shape[:-1], *[1] * len(grid.leading[1:]) * (ids.dim() - 1), ids.shape[-1], 1)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def _reject_other_device(values: Tensor, name: str, grid: Grid) -> None:
+    if values.device != grid.device:
+        raise ValueError(f"{name} is on {values.device}; it must be on {grid.device}, as the query")
+
+
 def _reject_non_integers(values: Tensor, name: str) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is {values!r}; it must be a Tensor of an integer type")
     if values.dtype not in _INTEGERS:
         raise TypeError(f"{name} has dtype {values.dtype}; it must be an integer type")
 
@@ -492,5 +526,7 @@ def broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return len(shape) <= len(whole) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(whole), strict=False))
 
 
-def _shown(values: int | Tensor | None) -> str:
-    return str(values.tolist() if isinstance(values, Tensor) else values)
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return str(value.tolist()) if value.numel() <= 8 and may_look_at(value) else f"{value.dtype} {tuple(value.shape)}"

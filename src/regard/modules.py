@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from regard.attended import Attended
-from regard.functional import attention
-from regard.masks import Mask
+from regard.functional import attention, blanked
+from regard.masks import Grid, Mask
 from regard.normalizers import Normalizer, Softmax
-from regard.scores import ScaledDot, Score
+from regard.scores import ScaledDot, Score, through
 
 
 class Attention(nn.Module):
@@ -26,6 +27,8 @@ class Attention(nn.Module):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is {dropout}; it must lie in 0 .. 1")
+        if not isinstance(score, Score):
+            raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot()")
         self.score = score
         self.dropout = dropout
         self.normalizer = normalizer
@@ -55,6 +58,7 @@ class MultiHeadAttention(nn.Module):
         key_dim, value_dim: sizes of keys and values; embed_dim unless given.
         dropout: probability of dropping a weight in training.
         bias: whether the four projections have one.
+        normalizer: scores to weights.
 
     >>> heads = MultiHeadAttention(32, 4, Additive(query_dim=8, key_dim=8, hidden_dim=16))
     >>> x = torch.randn(2, 5, 32)
@@ -72,6 +76,7 @@ class MultiHeadAttention(nn.Module):
         value_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        normalizer: Normalizer = Softmax(),
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
@@ -80,7 +85,7 @@ class MultiHeadAttention(nn.Module):
         if score.heads != 1:
             raise ValueError(f"score has {score.heads} heads of its own; one score of 1 head serves all num_heads")
         self.num_heads = num_heads
-        self.attend = Attention(score, dropout)
+        self.attend = Attention(score, dropout, normalizer=normalizer)
         self.W_q = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.W_k = nn.Linear(key_dim or embed_dim, embed_dim, bias=bias)
         self.W_v = nn.Linear(value_dim or embed_dim, embed_dim, bias=bias)
@@ -92,7 +97,13 @@ class MultiHeadAttention(nn.Module):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None = None) -> Attended:
         """What the heads saw: out is (B, num_heads, Lq, head) before they are joined; a bool mask has a head dim."""
-        query, key, value = self.split(self.W_q(query)), self.split(self.W_k(key)), self.split(self.W_v(value))
+        if mask is not None:  # padding is to reach the projections here no more than those of a score
+            leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+            grid = Grid((*leading, self.num_heads), query.shape[-2], key.shape[-2], query.device)
+            query, key, value, *_ = blanked(query, key, value, mask, grid, self.num_heads)
+        query = self.split(through(self.W_q, query, "query"))
+        key = self.split(through(self.W_k, key, "key"))
+        value = self.split(through(self.W_v, value, "value"))
         return self.attend.attention(query, key, value, mask)
 
     def split(self, x: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ class MaxPooling(nn.Module):
     def forward(self, items: Tensor, mask: Mask | Tensor | None = None) -> Tensor:
         """(..., D) from items (..., L, D); a bool mask broadcasts to (..., 1, L)."""
         present = _present(items, mask)
+        if items.shape[-2] == 0:
+            return items.sum(-2)
         top = torch.where(present, items, -inf).amax(-2)
         return torch.where(present.any(-2), top, 0)
 

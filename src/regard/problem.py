@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     leading: tuple[int, ...]
     intervals: Intervals | None = None  # at most two a row, disjoint; None: every key
     keep: Tensor | None = None  # bool, to (*leading, Lq, Lk): for masks that are no intervals
-    shared: Tensor | None = None  # bool, to (*leading, 1, Lk): the two in one, where they are the same for every row
+    shared: Tensor | None = None  # bool, to (*leading, 1, Lk): both in one, where every row may attend the same keys
     bias: Tensor | None = None  # to (*leading, Lq, Lk), added to the scores
     dropout: Dropout | None = None
 
@@ -87,6 +87,12 @@ class Problem(NamedTuple):
         v = (self.pair.v,) if isinstance(self.pair, reference.AdditivePair) else ()
         return (self.query, self.key, self.value, *bias, *v)
 
+    def constant(self) -> tuple[Tensor, ...]:
+        """What else it is made of."""
+        bounds = [bound for low, high, _ in self.intervals or () for bound in (low, high)]
+        dropout = () if self.dropout is None else (self.dropout.seed,)
+        return tuple(x for x in (self.keep, self.shared, *bounds, *dropout) if isinstance(x, Tensor))
+
     def replaced(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem of other tensors, in the order of `differentiable`."""
         query, key, value, *rest = tensors
@@ -132,7 +138,7 @@ class Problem(NamedTuple):
 
     def _select_heads(self, heads: Indices) -> Problem:
         if len(self.leading) < 2:
-            raise ValueError(f"heads is {heads!r}, but weights with leading dimensions {self.leading} have no heads")
+            raise ValueError(f"heads is {heads!r}, but weights of leading shape {tuple(self.leading)} have no heads")
         index = _index(heads, self.leading[-1], "heads", self.query.device)
         pair = self.pair
         if isinstance(pair, reference.AdditivePair):
@@ -157,7 +163,7 @@ class Problem(NamedTuple):
                     if isinstance(rows, slice)
                     else rows.unsqueeze(-1) + bound.offset
                 )
-            return bound if isinstance(bound, int) or constant(bound) else bound[..., rows, :]
+            return bound[..., rows, :] if isinstance(bound, Tensor) and not constant(bound) else bound
 
         return self._each_bound(at)
 
@@ -182,7 +188,9 @@ def _pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def _index(chosen: Indices, size: int, name: str, device: torch.device) -> Tensor:
     if isinstance(chosen, slice):
-        return torch.arange(*chosen.indices(size), device=device)
+        chosen = range(size)[chosen]
+    if not isinstance(chosen, Sequence) or not all(type(n) is int for n in chosen):
+        raise TypeError(f"{name} is {chosen!r}; it must be a slice or a sequence of ints")
     if any(not -size <= n < size for n in chosen):
         raise ValueError(f"{name} is {list(chosen)}; each must lie in {-size} .. {size - 1}")
     return torch.tensor([n % size for n in chosen], device=device, dtype=torch.int64)

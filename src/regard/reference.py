@@ -27,7 +27,7 @@ class DotPair(NamedTuple):
     scale: float | None = None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        scale = 1 / sqrt(a.shape[-1]) if self.scale is None else self.scale
+        scale = 1 / sqrt(max(1, a.shape[-1])) if self.scale is None else self.scale
         return product(widened(a) * scale, widened(b).mT)
 
 
@@ -64,15 +64,17 @@ class FunctionPair(NamedTuple):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         scores = self.function(a, b)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            raise TypeError(f"the scoring function returned {scores!r}; it must return a Tensor of a floating type")
         if scores.shape[-2:] != (a.shape[-2], b.shape[-2]):
             raise ValueError(
                 f"the scoring function returned shape {tuple(scores.shape)} for query {tuple(a.shape)} and "
                 f"key {tuple(b.shape)}; it must return (..., {a.shape[-2]}, {b.shape[-2]})"
             )
-        return widened(scores)
+        return scores.to(widened(a).dtype)
 
 
-Pair = DotPair | AdditivePair | L1Pair | L2Pair | FunctionPair
+Pair = Callable[[Tensor, Tensor], Tensor]  # these, or one that a user's own score brings
 
 
 def activate(pair: AdditivePair, x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def scores(query: Tensor, key: Tensor, pair: Pair, allowed: Tensor | None, bias:
     """(..., Lq, Lk): the scores, −inf where `allowed` is False."""
     s = pair(query, per_query_head(key, query))
     if bias is not None:
-        s = s + bias
+        s = s + bias.to(s.dtype)
     return s if allowed is None else torch.where(allowed, s, -inf)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.reference import AdditivePair, DotPair, FunctionPair, L1Pair, L2Pair, Pair
+from regard.reference import AdditivePair, DotPair, FunctionPair, L1Pair, L2Pair, Pair, widened
 
 Activation = Literal["tanh", "relu", "leaky_relu", "sigmoid"]
 
@@ -85,7 +85,7 @@ class Bilinear(Score):
         self.W = nn.Linear(query_dim, key_dim, bias=False)
 
     def project_query(self, query: Tensor) -> Tensor:
-        return _through(self.W, query, "query")
+        return through(self.W, query, "query")
 
     def project_key(self, key: Tensor) -> Tensor:
         return key
@@ -103,18 +103,21 @@ class Cosine(Score):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if isinstance(temperature, Tensor) or not temperature > 0:
+            raise ValueError(f"temperature is {temperature!r}; it must be a number above 0")
         self.temperature = temperature
 
     def project_query(self, query: Tensor) -> Tensor:
-        return F.normalize(query, dim=-1)
+        return F.normalize(widened(query), dim=-1).to(query.dtype)
 
     def project_key(self, key: Tensor) -> Tensor:
-        return F.normalize(key, dim=-1)
+        return F.normalize(widened(key), dim=-1).to(key.dtype)
 
     def pair(self) -> Pair:
         return DotPair(1 / self.temperature)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
 
 
 class _Bandwidth(Score):
@@ -122,7 +125,7 @@ class _Bandwidth(Score):
 
     def __init__(self, bandwidth: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
-        if bandwidth <= 0:
+        if not bandwidth > 0:
             raise ValueError(f"bandwidth is {bandwidth}; it must be above 0")
         self.bandwidth: Tensor
         if learnable:
@@ -131,10 +134,13 @@ class _Bandwidth(Score):
             self.register_buffer("bandwidth", torch.tensor(float(bandwidth)))
 
     def project_query(self, query: Tensor) -> Tensor:
-        return query / self.bandwidth.to(query.dtype)
+        return widened(query) / self.bandwidth
 
     def project_key(self, key: Tensor) -> Tensor:
-        return key / self.bandwidth.to(key.dtype)
+        return widened(key) / self.bandwidth
+
+    def extra_repr(self) -> str:
+        return f"bandwidth={self.bandwidth.item():.4g}"
 
 
 class Gaussian(_Bandwidth):
@@ -198,8 +204,9 @@ class Additive(Score):
         super().__init__()
         if activation not in ("tanh", "relu", "leaky_relu", "sigmoid"):
             raise ValueError(f"activation is {activation!r}; it must be 'tanh', 'relu', 'leaky_relu' or 'sigmoid'")
-        if heads < 1:
-            raise ValueError(f"heads is {heads}; it must be 1 or more")
+        for name, size in (("heads", heads), ("hidden_dim", hidden_dim)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be 1 or more")
         self.heads, self.activation, self.negative_slope = heads, activation, negative_slope
         self.W_k = _linear(key_dim, heads * hidden_dim, bias=False)
         self.W_q = _linear(query_dim, heads * hidden_dim, bias)
@@ -209,10 +216,10 @@ class Additive(Score):
             self.g = nn.Parameter(self.w_v.weight.detach().norm(dim=-1))
 
     def project_query(self, query: Tensor) -> Tensor:
-        return self._per_head(_through(self.W_q, query, "query"))
+        return self._per_head(through(self.W_q, query, "query"))
 
     def project_key(self, key: Tensor) -> Tensor:
-        return self._per_head(_through(self.W_k, key, "key"))
+        return self._per_head(through(self.W_k, key, "key"))
 
     def pair(self) -> Pair:
         v = self.w_v.weight
@@ -258,7 +265,8 @@ class FunctionScore(Score):
     """score = function(query, key): anything a user writes, from (..., Lq, Dq) and (..., Lk, Dk) to (..., Lq, Lk).
 
     Gradients reach what the function captures; an nn.Module's parameters are this score's. It may be called with
-    blocks of the query rows, so each row's scores must not depend on the other rows, nor on their number.
+    blocks of the query rows, and again in backward or for the weights: each row's scores must not depend on the other
+    rows, nor on their number, nor on chance.
 
     >>> score = FunctionScore(lambda query, key: -torch.cdist(query, key))
     >>> attend(torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4), score).shape
@@ -267,6 +275,8 @@ class FunctionScore(Score):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
+        if not callable(function):
+            raise TypeError(f"function is {function!r}; it must be callable")
         self.function = function
 
     def project_query(self, query: Tensor) -> Tensor:
@@ -279,15 +289,17 @@ class FunctionScore(Score):
         return FunctionPair(self.function)
 
 
-def _through(linear: nn.Linear, x: Tensor, name: str) -> Tensor:
+def through(linear: nn.Linear, x: Tensor, name: str) -> Tensor:
     """linear(x), or an error that names x."""
     try:
         return linear(x)
     except RuntimeError:
-        if x.shape[-1] == linear.in_features:
-            raise
-        made_for = f"the score was made for size {linear.in_features}"
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, of size {x.shape[-1]}; {made_for}") from None
+        if x.shape[-1] != linear.in_features:
+            size = f"{name} has shape {tuple(x.shape)}, of size {x.shape[-1]}"
+            raise ValueError(f"{size}; W was made for size {linear.in_features}") from None
+        if x.dtype != linear.weight.dtype:
+            raise ValueError(f"{name} is {x.dtype}; the parameters are {linear.weight.dtype}") from None
+        raise
 
 
 def _linear(inputs: int | None, outputs: int, bias: bool) -> nn.Linear:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant
+from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant, everything, is_int
 
 
 def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:
@@ -24,7 +24,7 @@ def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:
     if heads > 1 and alive.dim() > 2:
         alive = alive.any(-3)
     if alive.dim() > x.dim():
-        alive = alive.flatten(0, alive.dim() - x.dim()).any(0)
+        alive = alive.flatten(0, alive.dim() - x.dim() - 1).any(0)
     for dim in range(-3, -alive.dim() - 1, -1):
         ours, theirs = x.shape[dim], alive.shape[dim]
         if theirs not in (1, ours):  # x is shared along this dimension, by all or by groups of heads
@@ -90,7 +90,7 @@ def _never_empty(interval: Interval) -> bool:
     """Whether it is plain to see that every row attends some key."""
     low, high, held = interval
     first = high.offset if isinstance(high, Diagonal) else high
-    return held or (isinstance(low, int) and low <= 0 and isinstance(first, int) and first > 0)
+    return held or (is_int(low) and low <= 0 and is_int(first) and first > 0)
 
 
 def _seen_in(intervals: Intervals, grid: Grid) -> Tensor | None:
@@ -100,7 +100,7 @@ def _seen_in(intervals: Intervals, grid: Grid) -> Tensor | None:
         if hull is None:
             return _covered(intervals, grid)
         low, high, _ = hull
-        if isinstance(high, int) and isinstance(low, int) and low <= 0 and high >= grid.keys:
+        if everything(low, high, grid):
             return None
         hulls.append(hull)
     return grid.within(hulls)
@@ -112,9 +112,9 @@ def _hull(interval: Interval, grid: Grid) -> Interval | None:
     last = grid.queries - 1
     if constant(low) and constant(high):
         return interval
-    if isinstance(low, int) and low <= 0:
+    if is_int(low) and low <= 0:
         return Interval(0, high.offset + last if isinstance(high, Diagonal) else _extreme(high, "amax"))
-    if isinstance(high, int) and high >= grid.keys:
+    if is_int(high) and high >= grid.keys:
         return Interval(low.offset if isinstance(low, Diagonal) else _extreme(low, "amin"), grid.keys)
     if isinstance(low, Diagonal) and isinstance(high, Diagonal) and low.offset < high.offset:
         return Interval(low.offset, high.offset + last)
@@ -142,7 +142,7 @@ def _covered(intervals: Intervals, grid: Grid) -> Tensor:
 
 def _at(counts: Tensor, bound: int | Tensor) -> Tensor:
     """counts (..., 1, Lk + 1) at each row's bound (..., Lq, 1)."""
-    if isinstance(bound, int):
+    if not isinstance(bound, Tensor):
         return counts[..., bound : bound + 1]
     leading = torch.broadcast_shapes(counts.shape[:-2], bound.shape[:-2])
     rows = bound.shape[-2] if bound.dim() > 1 else 1

@@ -50,7 +50,7 @@ def choose(problem: Problem, impl: str = "auto") -> Implementation:
         for each in TABLE.values():
             if not (small and each.name == "chunked") and refusal(each, problem) is None:
                 return each
-    if impl not in TABLE:
+    if not isinstance(impl, str) or impl not in TABLE:
         raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {', '.join(map(repr, TABLE))}")
     reason = refusal(TABLE[impl], problem)
     if reason is not None:

@@ -1,4 +1,7 @@
-"""Any problem on any device in linear memory: the reference in blocks of query rows, recomputed in backward."""
+"""Any problem on any device in linear memory: the reference in blocks of query rows, recomputed in backward.
+
+The smallest block is one row of every leading index. Double backward computes the whole matrix.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.normalizers import Entmax15, Sigmoid, Softmax, Sparsemax
 from regard.problem import Problem
-from regard.reference import FunctionPair, widened
+from regard.reference import AdditivePair, DotPair, L1Pair, L2Pair, widened
 from regard.transforms import transforming
 
 BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
+
+
+KNOWN = (DotPair, AdditivePair, L1Pair, L2Pair, Softmax, Sparsemax, Entmax15, Sigmoid)
 
 
 def refuses(problem: Problem) -> str | None:
@@ -43,7 +50,8 @@ def summed_over_rows(problem: Problem, compute: Callable[[Problem], Tensor]) -> 
 def _compute(problem: Problem, compute: Callable[[Problem], Tensor], summed: bool) -> Tensor:
     if transforming() or torch.compiler.is_compiling():
         return compute(problem)
-    if isinstance(problem.pair, FunctionPair):  # only autograd knows what the function captures
+    if type(problem.pair) not in KNOWN or type(problem.normalizer) not in KNOWN:
+        # Only autograd knows which tensors a user's own function captures, so it does the recomputing.
         blocks = problem.blocks(_rows_at_once(problem))
         parts = [checkpoint(compute, block, use_reentrant=False) for block in blocks]
         return torch.stack(parts).sum(0) if summed else torch.cat(parts, -2)
@@ -66,7 +74,7 @@ class _InBlocks(torch.autograd.Function):
         ctx: Any, problem: Problem, compute: Callable[[Problem], Tensor], summed: bool, *leaves: Tensor
     ) -> Tensor:
         ctx.problem, ctx.compute, ctx.summed = problem, compute, summed
-        ctx.save_for_backward(*leaves)
+        ctx.save_for_backward(*leaves, *problem.constant())  # torch then sees that a mask was not written to
         result, start = None, 0
         for block in problem.blocks(_rows_at_once(problem)):
             part = compute(block)
@@ -80,7 +88,8 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        needed, leaves = ctx.needs_input_grad[3:], ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        leaves = ctx.saved_tensors[: len(needed)]
         problem, compute = ctx.problem.replaced(leaves), ctx.compute
         if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
             return None, None, None, *_gradients(compute(problem), leaves, needed, grad, create_graph=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.masks import Diagonal
+from regard.masks import Diagonal, is_int
 from regard.normalizers import Softmax
 from regard.problem import Problem
 from regard.reference import DotPair, per_query_head
@@ -18,7 +18,7 @@ from regard.reference import DotPair, per_query_head
 def refuses(problem: Problem) -> str | None:
     if not isinstance(problem.pair, DotPair):
         return "it computes dot products only"
-    if not isinstance(problem.normalizer, Softmax):
+    if type(problem.normalizer) is not Softmax:
         return f"it normalizes by softmax, not {type(problem.normalizer).__name__}"
     if problem.bias is not None:
         return "a bias takes it off its linear-memory path"
@@ -94,7 +94,7 @@ def _causal(problem: Problem) -> bool:
     if problem.shared is not None or problem.keep is not None or intervals is None or len(intervals) != 1:
         return False
     low, high, _ = intervals[0]
-    return isinstance(low, int) and low <= 0 and isinstance(high, Diagonal) and high.offset == 1
+    return is_int(low) and low <= 0 and isinstance(high, Diagonal) and bool(high.offset == 1)  # which guards, traced
 
 
 def _batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
