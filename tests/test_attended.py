@@ -74,12 +74,16 @@ def test_every_part_is_differentiable() -> None:
 
 def test_bad_arguments() -> None:
     seen = attended()
-    with pytest.raises(ValueError, match=r"k is 10; it must lie in 1 .. 9"):
+    with pytest.raises(ValueError, match=r"k is 10; it must be an int in 1 .. 9"):
         seen.top_k(10)
     with pytest.raises(ValueError, match=r"rows is \[7\]; each must lie in -7 .. 6"):
         seen.weights(rows=[7])
     with pytest.raises(ValueError, match=r"heads is \[3\]"):
         seen.weights(heads=[3])
+    for rows in ([True, False], [1.5], 1):
+        with pytest.raises(TypeError, match="it must be a slice or a sequence of ints"):
+            seen.weights(rows=rows)  # pyright: ignore[reportArgumentType]
+    assert seen.weights(rows=slice(3, 1)).shape == (2, 3, 0, 9)
     x = torch.randn(2, 4, 4)
     with pytest.raises(ValueError, match="have no heads"):
         regard.attention(x, x, x).weights(heads=[0])
@@ -109,3 +113,24 @@ def test_weights_are_read_outside_the_mode_that_they_were_made_in(mode: type[tor
     for part in (seen.weights(), seen.entropy(), seen.key_mass(), seen.top_k(1)[0], seen.lse):
         assert part is not None
         assert not part.requires_grad
+
+
+def test_weights_are_those_of_the_call_whatever_an_optimizer_does_since() -> None:
+    x, score = torch.randn(2, 5, 4), regard.Additive(4, 4, 6)
+    seen = regard.attention(x, x, x, score)
+    expected = seen.weights().detach()
+    seen.out.sum().backward()
+    with torch.no_grad():
+        for parameter in score.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(seen.weights(), expected)
+
+
+def test_weights_of_inputs_written_to_since_are_an_error() -> None:
+    x, keep = torch.randn(2, 5, 4), torch.ones(5, 5, dtype=torch.bool)
+    for written, mask in ((x, None), (keep, keep)):
+        seen = regard.attention(x, x, x, mask=mask)
+        seen.weights()
+        written[0, 0] = 0
+        with pytest.raises(RuntimeError, match="written to since"):
+            seen.weights()

@@ -305,6 +305,141 @@ def test_a_shared_key_is_blanked_only_where_no_sample_attends_it() -> None:
     torch.testing.assert_close(out, whole)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1)])
+def test_shared_padding_does_not_exist_for_a_batch_that_skips_it(impl: str, leading: tuple[int, ...]) -> None:
+    query, key, value = torch.randn(2, 3, 4), torch.randn(*leading, 5, 4), torch.randn(*leading, 5, 4)
+    key[..., 4, :], value[..., 4, :] = torch.nan, torch.nan
+    if len(leading) == 2:
+        query = query[:, None]
+    lens = torch.tensor([2, 4])
+    out = regard.attend(query, key, value, mask=regard.Lengths(lens), impl=impl)
+    for n in range(2):
+        alone = regard.attend(query[n], key[..., : lens[n], :], value[..., : lens[n], :], impl="reference")
+        torch.testing.assert_close(out[n].reshape(3, 4), alone.reshape(3, 4))
+
+
+def test_a_shared_query_that_nothing_asks_is_blanked() -> None:
+    query, key = torch.randn(3, 4), torch.randn(2, 5, 4)
+    query[0] = torch.nan
+    keep = torch.ones(2, 3, 5, dtype=torch.bool)
+    keep[:, 0] = False
+    score = regard.Additive(4, 4, 6)
+    regard.attend(query, key, key, score, keep).sum().backward()
+    for parameter in score.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (3, 0), (0, 0)])
+def test_without_rows_or_keys_nothing_exists(queries: int, keys: int) -> None:
+    query, key = torch.full((2, queries, 4), torch.nan), torch.full((2, keys, 4), torch.nan)
+    score = regard.Additive(4, 4, 8)
+    out = regard.attend(query, key, key, score)
+    out.sum().backward()
+    assert out.eq(0).all()
+    for parameter in score.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("mask", [regard.Lengths, lambda n: regard.Causal(offset=n)], ids=["lengths", "offset"])
+def test_an_empty_batch_with_a_tensor_in_its_mask(mask: Callable[[Tensor], regard.Mask]) -> None:
+    x = torch.zeros(0, 3, 4)
+    assert regard.attend(x, x, x, mask=mask(torch.zeros(0, dtype=torch.int64))).shape == (0, 3, 4)
+
+
+def test_lengths_of_small_integer_types() -> None:
+    x, lens = torch.randn(2, 256, 4), torch.tensor([0, 20])
+    expected = regard.attend(x, x, x, mask=regard.Lengths(lens))
+    torch.testing.assert_close(regard.attend(x, x, x, mask=regard.Lengths(lens.to(torch.uint8))), expected)
+    ids = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    assert regard.weights(x[:, :3], x[:, :3], mask=regard.Documents(ids))[0].ne(0).tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [True, False, True],
+    ]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cosine_of_padding_and_of_zero_vectors(impl: str, dtype: torch.dtype) -> None:
+    query, key = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
+    query[0, 0] = 0
+    query.requires_grad_()
+    out = regard.attend(query, key, key, regard.Cosine(), regard.Lengths(torch.tensor([2, 4])), impl=impl)
+    out.sum().backward()
+    assert query.grad is not None
+    assert out.isfinite().all()
+    assert query.grad[1].isfinite().all()
+
+
+def test_half_precision_distances_far_from_the_origin() -> None:
+    query, key = 100 + torch.rand(4, 3), 100 + torch.rand(6, 3)
+    query, key = query.half(), key.half()
+    exact = regard.weights(query.double(), key.double(), regard.Gaussian(0.3).double())
+    torch.testing.assert_close(regard.weights(query, key, regard.Gaussian(0.3)).double(), exact, atol=1e-5, rtol=1e-4)
+
+
+class Tempered(regard.Normalizer):
+    """A user's own, with something to learn."""
+
+    def __init__(self) -> None:
+        self.temperature = torch.tensor(2.0, requires_grad=True)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores / self.temperature, -1)
+
+
+class Halved(regard.Softmax):
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores / 2, -1)
+
+
+class Own(regard.Score):
+    """A user's own, with a pair of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def project_query(self, query: Tensor) -> Tensor:
+        return query
+
+    def project_key(self, key: Tensor) -> Tensor:
+        return key
+
+    def pair(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda a, b: torch.sin(self.scale * (a @ b.mT))
+
+
+def test_a_users_own_parts_get_their_gradients_by_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 100)
+    x, normalizer, score = torch.randn(2, 9, 4), Tempered(), Own()
+    found = []
+    for impl in ("reference", "chunked"):
+        out = regard.attend(x, x, x, score, normalizer=normalizer, impl=impl)
+        found.append(torch.autograd.grad(out.square().sum(), (normalizer.temperature, score.scale)))
+    torch.testing.assert_close(*found)
+    assert all(gradient != 0 for gradient in found[0])
+
+
+def test_a_kind_of_softmax_is_not_taken_for_softmax() -> None:
+    x = torch.randn(1, 5, 4)
+    seen = regard.attention(x, x, x, normalizer=Halved())
+    torch.testing.assert_close(seen.out, torch.softmax(x @ x.mT / 4, -1) @ x)
+    assert seen.lse is None
+
+
+def test_a_mask_written_to_before_backward_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, keep = torch.randn(3, 4, requires_grad=True), torch.ones(3, 3, dtype=torch.bool)
+    for impl in ("reference", "chunked"):
+        out = regard.attend(x, x, x, mask=keep, impl=impl)
+        keep[0, 0] = False
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 # --- Shapes.
 
 

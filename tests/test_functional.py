@@ -47,7 +47,7 @@ LENS = torch.tensor([3, 1])
         ({"bias": 1.0}, TypeError, "bias is a float; it must be a Tensor"),
         ({"bias": torch.ones(3, 3).bool()}, TypeError, "bias has dtype torch.bool"),
         ({"bias": torch.ones(4, 3)}, ValueError, r"bias has shape \(4, 3\); it must broadcast to \(2, 3, 3\)"),
-        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; it must lie in 0 .. 1"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; it must be a number in 0 .. 1"),
         ({"bias": torch.ones(3, 3, device="meta")}, ValueError, "bias is on meta; it must be on cpu"),
         ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1'"),
         ({"normalizer": regard.Softmax}, TypeError, "it must be a Normalizer"),
@@ -148,3 +148,24 @@ def test_no_warning_and_no_surprise_without_keys_or_rows() -> None:
 
 def test_choosing_is_by_the_table() -> None:
     assert list(kernels.TABLE) == ["sdpa", "chunked", "reference"]
+
+
+def test_explain_changes_nothing() -> None:
+    state = torch.get_rng_state()
+    regard.explain(X, X, X, dropout_p=0.5)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_tensors_combine_with_masks() -> None:
+    keep = torch.rand(3, 3) < 0.5
+    expected = regard.weights(X, X, mask=regard.Keep(keep) & regard.Causal())
+    for mask in (keep & regard.Causal(), regard.Causal() & keep):
+        torch.testing.assert_close(regard.weights(X, X, mask=mask), expected)
+    assert repr(regard.Lengths(torch.tensor([2, 3])) & regard.Window(1, None)) == (
+        "And(left=Lengths(start=0, stop=[2, 3]), right=Window(align='lower_right', offset=None, left=1, right=None))"
+    )
+
+
+def test_a_bias_of_another_precision() -> None:
+    bias = torch.randn(3, 3, dtype=torch.float64)
+    torch.testing.assert_close(regard.attend(X, X, X, bias=bias), regard.attend(X, X, X, bias=bias.float()))

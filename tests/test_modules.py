@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import regard
+from regard import d2l
 
 
 def test_attention_drops_only_in_training() -> None:
@@ -61,5 +62,60 @@ def test_bad_arguments() -> None:
         regard.MultiHeadAttention(12, 5)
     with pytest.raises(ValueError, match="score has 2 heads of its own"):
         regard.MultiHeadAttention(12, 3, regard.Additive(4, 4, 8, heads=2))
+    with pytest.raises(TypeError, match="it must be a Score"):
+        regard.Attention(regard.ScaledDot)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"query has shape \(2, 3, 5\), of size 5; W was made for size 12"):
+        regard.MultiHeadAttention(12, 3)(torch.randn(2, 3, 5), torch.randn(2, 3, 12), torch.randn(2, 3, 12))
+    with pytest.raises(ValueError, match="num_heads is 2; it must divide num_hiddens, which is 5"):
+        d2l.MultiHeadAttention(5, 2, 0.0)
     with pytest.raises(ValueError, match="dropout is 2"):
         regard.Attention(regard.Dot(), dropout=2)
+
+
+@pytest.mark.parametrize("book", [False, True])
+def test_nan_in_padding_reaches_no_projection(book: bool) -> None:
+    x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
+    x[0, 3:] = torch.nan
+    query = torch.randn(2, 4, 8)
+    if book:
+        heads = d2l.MultiHeadAttention(8, 8, 8, 8, 2, 0.0)
+        out = heads(query, x, x, lens)
+    else:
+        heads = regard.MultiHeadAttention(8, 2)
+        out = heads(query, x, x, regard.Lengths(lens))
+    out.sum().backward()
+    assert out.isfinite().all()
+    for parameter in heads.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def test_self_attention_compiles_for_any_length() -> None:
+    torch._dynamo.reset()
+    heads = regard.MultiHeadAttention(8, 2)
+    compiled = torch.compile(lambda x: heads(x, x, x, regard.Causal()), fullgraph=True, backend="aot_eager")
+    for length in (5, 6, 9):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(compiled(x), heads(x, x, x, regard.Causal()))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [regard.Lengths(3), regard.Causal(), regard.Window(1, 1), regard.Prefix(2), ~regard.Lengths(2)],
+    ids=repr,
+)
+def test_export_for_any_length(mask: regard.Mask) -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = regard.MultiHeadAttention(8, 2, regard.Additive(4, 4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.heads(x, x, x, mask)
+
+    model = Masked()
+    lengths = {"x": {1: torch.export.Dim("length", min=4, max=64)}}
+    exported = torch.export.export(model, (torch.randn(2, 6, 8),), dynamic_shapes=lengths, strict=False).module()
+    for length in (5, 11):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(exported(x), model(x))

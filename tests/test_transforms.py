@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import regard
-from regard import kernels
+from regard import kernels, transforms
 
 LENS = torch.tensor([0, 3])
 SCORES: dict[str, Callable[[], regard.Score]] = {
@@ -229,3 +229,25 @@ def test_frozen_inputs_cost_no_gradient_work() -> None:
     assert key.grad is None
     out = regard.attend(query.detach(), key, value)
     assert not out.requires_grad
+
+
+def test_the_private_questions_are_answered() -> None:
+    x = torch.zeros(2)
+    assert (transforms.transforming(), transforms.autocasting(x), transforms.may_look_at(x)) == (False, False, True)
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((transforms.transforming(), transforms.may_look_at(x)))
+        return x.sum()
+
+    vmap(look)(torch.zeros(2, 2))
+    grad(look)(x)
+    with forward_ad.dual_level():
+        look(x)
+    assert seen == [(True, False)] * 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert transforms.autocasting(x)
+    before = transforms.versions([x])
+    x.add_(1)
+    assert transforms.versions([x]) != before
+    assert not transforms.may_look_at(torch.zeros(2, device="meta"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.kernels import chunked
 from regard.normalizers import Softmax
 from regard.problem import Indices, Problem
+from regard.transforms import versions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,14 +26,10 @@ class Attended:
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", self._versions())
-
-    def _versions(self) -> tuple[int, ...]:
-        tensors = (*self.problem.differentiable(), *self.problem.constant())
-        return tuple(0 if x.is_inference() else x._version for x in tensors)
+        object.__setattr__(self, "versions", versions(_tensors(self.problem)))
 
     def _unchanged(self) -> Problem:
-        if self._versions() != self.versions:
+        if self.versions and self.versions != versions(_tensors(self.problem)):
             raise RuntimeError("the inputs of this attention were written to since; read its weights before that")
         return self.problem
 
@@ -77,6 +74,10 @@ class Attended:
             f"Attended(out={tuple(self.out.shape)} {self.out.dtype}, {type(problem.pair).__name__}, "
             f"{problem.queries} queries, {problem.keys} keys)"
         )
+
+
+def _tensors(problem: Problem) -> tuple[Tensor, ...]:
+    return (*problem.differentiable(), *problem.constant())
 
 
 def _key_mass(block: Problem) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -25,3 +27,10 @@ def may_look_at(values: Tensor) -> bool:
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of x."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """How often each was written to; () while torch.compile traces, which sees to that itself."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(0 if x.is_inference() else x._version for x in tensors)

@@ -76,8 +76,11 @@ def seeing_rows(intervals: Intervals | None, keep: Tensor | None, grid: Grid) ->
             return None
         else:
             low, high = grid.clamped(low), grid.clamped(high)
-        here = torch.as_tensor(high > low, device=grid.device)
-        here = here if here.dim() else here.reshape(1, 1)
+        here = high > low
+        if not isinstance(here, Tensor):
+            here = torch.full((1, 1), bool(here), device=grid.device)
+        elif here.dim() == 0:
+            here = here.reshape(1, 1)
         seeing = here if seeing is None else seeing | here
     return torch.zeros(1, 1, dtype=torch.bool, device=grid.device) if seeing is None else seeing
 
