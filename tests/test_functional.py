@@ -37,8 +37,16 @@ LENS = torch.tensor([3, 1])
         ({"mask": [True]}, TypeError, r"mask is \[True\]; it must be a Mask such as Causal\(\), a bool"),
         ({"mask": "causal"}, TypeError, "mask is 'causal'; it must be a Mask"),
         ({"mask": regard.Causal}, TypeError, "it must be a Mask"),
-        ({"mask": regard.Lengths([2, 3])}, TypeError, r"valid_lens is \[2, 3\]; it must be an int or a Tensor"),
-        ({"mask": regard.Lengths(2.5)}, TypeError, r"valid_lens is 2\.5; it must be an int"),
+        (
+            {"mask": regard.Lengths([2, 3])},  # pyright: ignore[reportArgumentType]
+            TypeError,
+            r"valid_lens is \[2, 3\]; it must be an int or a Tensor",
+        ),
+        (
+            {"mask": regard.Lengths(2.5)},  # pyright: ignore[reportArgumentType]
+            TypeError,
+            r"valid_lens is 2\.5; it must be an int",
+        ),
         ({"mask": regard.Lengths(LENS.to("meta"))}, ValueError, "valid_lens is on meta; it must be on cpu"),
         ({"mask": torch.ones(3, 3, device="meta").bool()}, ValueError, "mask is on meta; it must be on cpu"),
         ({"mask": torch.ones(3, 3)}, TypeError, "mask has dtype torch.float32; it must be bool"),

@@ -493,7 +493,8 @@ def per_sample(
         raise ValueError(f"{name} has shape {tuple(values.shape)}; here it must be an int or of shape {fits}")
     _reject_other_device(values, name, grid)
     of_rows = values.shape[1] if values.dim() == 2 else 1
-    return values.long().reshape(*batch, *[1] * len(grid.leading[1:]), of_rows, 1), least
+    values = values if values.dtype == torch.int64 else values.long()
+    return values.reshape(*batch, *[1] * len(grid.leading[1:]), of_rows, 1), least
 
 
 def _column(ids: Tensor, grid: Grid) -> Tensor:

@@ -96,10 +96,9 @@ def activate(pair: AdditivePair, x: Tensor) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """exp(s) / Σ exp(s) along the last dimension, and 0 in a row of −inf only."""
-    return _safe_softmax(scores, -1)
-
-
-_safe_softmax = torch.ops.aten._safe_softmax.default  # what scaled_dot_product_attention normalizes with
+    if torch.compiler.is_compiling():  # which traces the operator only by its full name
+        return torch.ops.aten._safe_softmax.default(scores, -1)
+    return torch._safe_softmax(scores, -1)
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ def _causal(problem: Problem) -> bool:
     if problem.shared is not None or problem.keep is not None or intervals is None or len(intervals) != 1:
         return False
     low, high, _ = intervals[0]
-    return is_int(low) and low <= 0 and isinstance(high, Diagonal) and bool(high.offset == 1)  # which guards, traced
+    if not isinstance(high, Diagonal) or high.offset != 1:  # a branch, so that what traces guards a symbolic offset
+        return False
+    return is_int(low) and low <= 0
 
 
 def _batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
