@@ -98,7 +98,7 @@ def softmax(scores: Tensor) -> Tensor:
     """exp(s) / Σ exp(s) along the last dimension, and 0 in a row of −inf only."""
     if torch.compiler.is_compiling():  # which traces the operator only by its full name
         return torch.ops.aten._safe_softmax.default(scores, -1)
-    return torch._safe_softmax(scores, -1)
+    return torch._safe_softmax(scores, -1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def log_sum_exp(scores: Tensor) -> Tensor:
