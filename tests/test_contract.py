@@ -11,7 +11,7 @@ from torch import Tensor
 
 import regard
 from regard import kernels
-from regard.masks import Grid, Interval
+from regard.intervals import Grid, Interval
 from regard.problem import Problem
 from regard.reference import AdditivePair
 

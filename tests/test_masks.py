@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regard import Causal, Documents, Keep, Lengths, Mask, Prefix, Window
-from regard.masks import Diagonal, Grid, Interval
+from regard.intervals import Diagonal, Grid, Interval
 from regard.visible import seeing_rows, seen_keys
 
 

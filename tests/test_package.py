@@ -19,7 +19,7 @@ import torch
 
 import regard
 from regard import modules, pooling, scores
-from regard.masks import Grid
+from regard.intervals import Grid
 
 mpl.use("Agg")
 PACKAGE = Path(regard.__file__).parent
@@ -81,7 +81,7 @@ def test_and_the_proof_of_it_can_fail() -> None:
 
 
 LAYERS = (
-    ("reference", "transforms"),
+    ("reference", "transforms", "intervals"),
     ("normalizers", "scores", "masks", "dropout"),
     ("visible",),
     ("problem",),

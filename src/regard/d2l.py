@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from regard.attended import Attended
 from regard.functional import attention, blanked
+from regard.intervals import Grid
 from regard.look.heatmaps import show_heatmaps
-from regard.masks import Grid, Lengths
+from regard.masks import Lengths
 from regard.reference import softmax
 from regard.scores import Additive, Gaussian, ScaledDot, Score
 

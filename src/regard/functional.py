@@ -15,7 +15,8 @@ from torch import Tensor
 from regard import kernels
 from regard.attended import Attended
 from regard.dropout import Dropout
-from regard.masks import Grid, Intervals, Mask, as_mask, broadcasts
+from regard.intervals import Grid, Intervals
+from regard.masks import Mask, as_mask, broadcasts
 from regard.normalizers import Normalizer, Softmax
 from regard.problem import Indices, Problem
 from regard.reference import AdditivePair, FunctionPair

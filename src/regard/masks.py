@@ -16,102 +16,24 @@ tensor([[1, 0, 0, 0, 0],
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from regard.intervals import (
+    Bound,
+    Diagonal,
+    Grid,
+    Interval,
+    Intervals,
+    everything,
+    is_int,
+    larger,
+    nonempty,
+    smaller,
+)
 from regard.transforms import may_look_at
-
-# --- Intervals of keys per row.
-
-
-class Diagonal(NamedTuple):
-    """A bound that moves with the row: row i is bounded by i + offset."""
-
-    offset: int
-
-
-Bound = int | Diagonal | Tensor  # a tensor broadcasts to (*leading, Lq, 1)
-
-
-class Interval(NamedTuple):
-    """The keys low <= j < high of each row; `held` where it is known that every row has some."""
-
-    low: Bound
-    high: Bound
-    held: bool = False
-
-
-Intervals = tuple[Interval, ...]
-
-
-class Grid(NamedTuple):
-    """What a mask is laid over: leading dimensions (batch first), query rows and keys."""
-
-    leading: tuple[int, ...]
-    queries: int
-    keys: int
-    device: torch.device = torch.device("cpu")
-
-    def rows(self, bound: Bound) -> int | Tensor:
-        """The bound of each row: an int for all, or a tensor that broadcasts to (*leading, Lq, 1)."""
-        if isinstance(bound, Diagonal):
-            return torch.arange(bound.offset, bound.offset + self.queries, device=self.device).unsqueeze(-1)
-        return bound
-
-    def clamped(self, bound: Bound) -> int | Tensor:
-        """The bound of each row, within 0 .. Lk."""
-        return larger(smaller(self.rows(bound), self.keys), 0)
-
-    def within(self, intervals: Iterable[Interval]) -> Tensor:
-        """Bool, broadcasting to (*leading, Lq, Lk): the keys inside an interval of their row."""
-        j = torch.arange(self.keys, device=self.device)
-        inside = None
-        for low, high, _ in intervals:
-            here = j < self.rows(high)
-            if not is_int(low) or low > 0:
-                here = here & (j >= self.rows(low))
-            inside = here if inside is None else inside | here
-        return torch.zeros_like(j, dtype=torch.bool) if inside is None else inside
-
-
-def constant(bound: Bound) -> bool:
-    """Whether the bound is the same for every row."""
-    return bound.dim() < 2 or bound.shape[-2] == 1 if isinstance(bound, Tensor) else is_int(bound)
-
-
-def is_int(bound: Bound) -> TypeGuard[int]:
-    """Whether the bound is one number for all rows, symbolic while torch traces or not."""
-    return not isinstance(bound, (Tensor, Diagonal))
-
-
-def smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
-    """The elementwise minimum of two bounds."""
-    if isinstance(a, Tensor):
-        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
-    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
-
-
-def larger(a: int | Tensor, b: int | Tensor) -> int | Tensor:
-    """The elementwise maximum of two bounds."""
-    if isinstance(a, Tensor):
-        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
-
-
-def _nonempty(intervals: list[Interval]) -> Intervals:
-    """Without those that can be seen to be empty before looking at any tensor."""
-    return tuple(i for i in intervals if not (is_int(i.low) and is_int(i.high) and i.low >= i.high))
-
-
-def everything(low: Bound, high: Bound, grid: Grid) -> bool:
-    """Whether it is plain to see that the interval holds every key of every row."""
-    return is_int(high) and is_int(low) and low <= 0 and high >= grid.keys
-
-
-# --- The masks.
 
 
 class Mask(ABC):
@@ -253,7 +175,7 @@ class Causal(_Aligned):
         return j <= self._place(i, grid)
 
     def intervals(self, grid: Grid) -> Intervals:
-        return _nonempty([Interval(0, self._diagonal(grid, 1))])
+        return nonempty([Interval(0, self._diagonal(grid, 1))])
 
 
 class Window(_Aligned):
@@ -291,7 +213,7 @@ class Window(_Aligned):
     def intervals(self, grid: Grid) -> Intervals:
         low = 0 if self.left is None else self._diagonal(grid, -self.left)
         high = grid.keys if self.right is None else self._diagonal(grid, self.right + 1)
-        return _nonempty([Interval(low, high)])
+        return nonempty([Interval(low, high)])
 
 
 class Prefix(_Aligned):
@@ -313,7 +235,7 @@ class Prefix(_Aligned):
 
     def intervals(self, grid: Grid) -> Intervals:
         n, _ = per_sample(self.n, "n", grid, limit=grid.keys, rows=False)
-        return _nonempty([Interval(0, larger(n, grid.rows(self._diagonal(grid, 1))))])
+        return nonempty([Interval(0, larger(n, grid.rows(self._diagonal(grid, 1))))])
 
 
 class Documents(Mask):
@@ -396,7 +318,7 @@ class And(Mask):
         left, right = self.left.intervals(grid), self.right.intervals(grid)
         if left is None or right is None:
             return None
-        both = _nonempty([_overlap(a, b, grid) for a in left for b in right])
+        both = nonempty([_overlap(a, b, grid) for a in left for b in right])
         return both if len(both) <= 2 else None
 
     def lower(self, grid: Grid) -> tuple[Intervals | None, Tensor | None]:
@@ -444,7 +366,7 @@ class Not(Mask):
             return (Interval(0, grid.keys),)
         low, high, _ = inner[0]
         above = larger(grid.rows(high), grid.rows(low))
-        return _nonempty([Interval(0, low), Interval(above, grid.keys)])
+        return nonempty([Interval(0, low), Interval(above, grid.keys)])
 
     def __invert__(self) -> Mask:
         return self.mask

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from regard.attended import Attended
 from regard.functional import attention, blanked
-from regard.masks import Grid, Mask
+from regard.intervals import Grid
+from regard.masks import Mask
 from regard.normalizers import Normalizer, Softmax
 from regard.scores import ScaledDot, Score, through
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from regard.attended import Attended
 from regard.functional import attention
-from regard.masks import Grid, Keep, Mask
+from regard.intervals import Grid
+from regard.masks import Keep, Mask
 from regard.normalizers import Normalizer, Sigmoid, Softmax
 from regard.reference import DotPair, Pair
 from regard.scores import Score

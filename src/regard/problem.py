@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regard import reference
 from regard.dropout import Dropout
-from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant
+from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant
 from regard.normalizers import Normalizer
 from regard.reference import Pair
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.masks import Bound, Diagonal, Grid, Interval, Intervals, constant, everything, is_int
+from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant, everything, is_int
 
 
 def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:

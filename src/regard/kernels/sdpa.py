@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.masks import Diagonal, is_int
+from regard.intervals import Diagonal, is_int
 from regard.normalizers import Softmax
 from regard.problem import Problem
 from regard.reference import DotPair, per_query_head
