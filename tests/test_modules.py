@@ -72,16 +72,17 @@ def test_bad_arguments() -> None:
         regard.Attention(regard.Dot(), dropout=2)
 
 
+@pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("book", [False, True])
-def test_nan_in_padding_reaches_no_projection(book: bool) -> None:
+def test_nan_in_padding_reaches_no_projection(book: bool, num_heads: int) -> None:
     x, lens = torch.randn(2, 5, 8), torch.tensor([3, 5])
     x[0, 3:] = torch.nan
     query = torch.randn(2, 4, 8)
     if book:
-        heads = d2l.MultiHeadAttention(8, 8, 8, 8, 2, 0.0)
+        heads = d2l.MultiHeadAttention(8, 8, 8, 8, num_heads, 0.0)
         out = heads(query, x, x, lens)
     else:
-        heads = regard.MultiHeadAttention(8, 2)
+        heads = regard.MultiHeadAttention(8, num_heads)
         out = heads(query, x, x, regard.Lengths(lens))
     out.sum().backward()
     assert out.isfinite().all()

@@ -43,8 +43,8 @@ class Attended:
     def weights(self, rows: Indices | None = None, heads: Indices | None = None) -> Tensor:
         """(..., rows, Lk): the weights of some query rows and heads (dimension −3), or of all of them.
 
-        `rows` and `heads` are slices or sequences of ints; ValueError where one is out of range, or where `heads`
-        is given and there are none.
+        `rows` and `heads` are slices or sequences of ints, or TypeError; ValueError where one is out of range, or
+        where `heads` is given and there are none.
         """
         return self._unchanged().select(rows, heads).weights()
 

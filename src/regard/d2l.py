@@ -192,7 +192,7 @@ class MultiHeadAttention(nn.Module):
         """(B, Lq, num_hiddens)."""
         if valid_lens is not None:
             grid = Grid(queries.shape[:1], queries.shape[1], keys.shape[1], queries.device)
-            queries, keys, values, *_ = blanked(queries, keys, values, Lengths(valid_lens), grid, heads=1)
+            queries, keys, values, *_ = blanked(queries, keys, values, Lengths(valid_lens), grid, heads_to_come=False)
         queries, keys, values = (
             self.transpose_qkv(project(x)) for project, x in ((self.W_q, queries), (self.W_k, keys), (self.W_v, values))
         )

@@ -174,7 +174,7 @@ def lower(
     grid = _check(query, key, value, score, bias, normalizer, dropout_p, enable_gqa)
     if autocasting(query):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    query, key, value, intervals, keep, shared = blanked(query, key, value, mask, grid, score.heads)
+    query, key, value, intervals, keep, shared = blanked(query, key, value, mask, grid, score.heads > 1)
     query, key, pair = score.project_query(query), score.project_key(key), score.pair()
     if query.shape[-1] != key.shape[-1] and not isinstance(pair, FunctionPair):
         sizes = f"query is projected to size {query.shape[-1]} and key to size {key.shape[-1]}"
@@ -197,11 +197,11 @@ def lower(
 
 
 def blanked(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, grid: Grid, heads: int
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, grid: Grid, heads_to_come: bool
 ) -> tuple[Tensor, Tensor, Tensor, Intervals | None, Tensor | None, Tensor | None]:
     """The inputs with zeros where no pair looks, and the mask as a Problem's intervals, keep and shared.
 
-    With heads > 1 the last leading dimension of the grid is one that the inputs do not have yet.
+    With heads to come, the last leading dimension of the grid is one that the inputs do not have yet.
     """
     intervals, keep, shared = None, None, None
     if mask is not None:
@@ -211,8 +211,8 @@ def blanked(
         seen = seen_keys(intervals, keep, grid) if shared is None else shared
         if seen is not None:
             column = seen.mT
-            key, value = blank(key, column, heads), blank(value, column, heads)
-        query = blank(query, seeing_rows(intervals, keep, grid), heads)
+            key, value = blank(key, column, heads_to_come), blank(value, column, heads_to_come)
+        query = blank(query, seeing_rows(intervals, keep, grid), heads_to_come)
     return query, key, value, intervals, keep, shared
 
 

@@ -101,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         if mask is not None:  # padding is to reach the projections here no more than those of a score
             leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
             grid = Grid((*leading, self.num_heads), query.shape[-2], key.shape[-2], query.device)
-            query, key, value, *_ = blanked(query, key, value, mask, grid, self.num_heads)
+            query, key, value, *_ = blanked(query, key, value, mask, grid, heads_to_come=True)
         query = self.split(through(self.W_q, query, "query"))
         key = self.split(through(self.W_k, key, "key"))
         value = self.split(through(self.W_v, value, "value"))

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant, everything, is_int
 
 
-def blank(x: Tensor, alive: Tensor | None, heads: int) -> Tensor:
+def blank(x: Tensor, alive: Tensor | None, heads_to_come: bool) -> Tensor:
     """x (..., L, D) with zeros in the rows where `alive` is False for every leading index that shares them.
 
-    `alive` broadcasts to (*leading, L, 1). With heads > 1 the last leading dimension is one that the score
-    inserts and that x does not have.
+    `alive` broadcasts to (*leading, L, 1). With heads to come, the last leading dimension is one of heads that a
+    projection inserts and that x does not have.
     """
     if alive is None:
         return x
-    if heads > 1 and alive.dim() > 2:
+    if heads_to_come and alive.dim() > 2:
         alive = alive.any(-3)
     if alive.dim() > x.dim():
         alive = alive.flatten(0, alive.dim() - x.dim() - 1).any(0)

@@ -18,8 +18,6 @@ from regard.reference import AdditivePair, DotPair, L1Pair, L2Pair, widened
 from regard.transforms import transforming
 
 BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
-
-
 KNOWN = (DotPair, AdditivePair, L1Pair, L2Pair, Softmax, Sparsemax, Entmax15, Sigmoid)
 
 
