@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regard.attended import Attended
 from regard.functional import attention
 from regard.intervals import Grid
-from regard.masks import Keep, Mask
+from regard.masks import Mask, as_mask
 from regard.normalizers import Normalizer, Sigmoid, Softmax
 from regard.reference import DotPair, Pair
 from regard.scores import Score
@@ -158,5 +158,5 @@ def _present(items: Tensor, mask: Mask | Tensor | None) -> Tensor:
     grid = Grid(items.shape[:-2], 1, items.shape[-2], items.device)
     if mask is None:
         return torch.ones(grid.keys, 1, dtype=torch.bool, device=grid.device)
-    allowed = (mask if isinstance(mask, Mask) else Keep(mask)).lay(grid)
+    allowed = as_mask(mask).lay(grid)
     return allowed.expand(*grid.leading, 1, grid.keys).mT
