@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import regard
 
-IMPLEMENTATIONS = ("reference", "chunked", "sdpa")
+IMPLEMENTATIONS = ("reference", "chunked", "sdpa", "cpu")
 EPS = torch.finfo(torch.float32).eps
 BATCH, QUERY_DIM, KEY_DIM, VALUE_DIM = 2, 5, 5, 5  # values as wide as keys, or sdpa would refuse
 

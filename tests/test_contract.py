@@ -32,7 +32,7 @@ def test_output_and_every_gradient(case: Case, impl: str, monkeypatch: pytest.Mo
         return
     runs: list[str] = []
 
-    def counted(problem: Problem) -> Tensor:
+    def counted(problem: Problem) -> tuple[Tensor, Tensor | None]:
         runs.append(impl)
         return implementation.run(problem)
 
@@ -120,7 +120,7 @@ FAULTS = (
 def test_the_check_catches(fault: Callable[[Problem], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(mask="causal", queries=5, keys=19)
     check(case, "reference")
-    monkeypatch.setitem(kernels.TABLE, "reference", kernels.WHOLE._replace(run=fault))
+    monkeypatch.setitem(kernels.TABLE, "reference", kernels.WHOLE._replace(run=lambda problem: (fault(problem), None)))
     with pytest.raises(AssertionError):
         check(case, "reference")
 

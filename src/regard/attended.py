@@ -23,6 +23,7 @@ class Attended:
 
     out: Tensor  # (..., Lq, Dv)
     problem: Problem
+    known_lse: Tensor | None = None  # where it came by the way
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +39,8 @@ class Attended:
         """(..., Lq): log Σ_j exp(s_ij) over the keys a row may attend, −inf for none; None unless softmax."""
         if type(self.problem.normalizer) is not Softmax:
             return None
+        if self.known_lse is not None:
+            return self.known_lse
         return chunked.by_rows(self._unchanged(), Problem.log_sum_exp).squeeze(-1)
 
     def weights(self, rows: Indices | None = None, heads: Indices | None = None) -> Tensor:

@@ -50,7 +50,7 @@ def attend(
         normalizer: scores to weights.
         dropout_p: probability in 0 .. 1 of dropping a weight; pass 0 outside training.
         enable_gqa: allow fewer key-value heads (dimension −3) than query heads, each serving a group of them.
-        impl: "auto", or "reference", "chunked" or "sdpa", which then runs or raises its reason.
+        impl: "auto", or "reference", "chunked", "sdpa" or "cpu", which then runs or raises its reason.
 
     Returns:
         (..., Lq, Dv) in the values' dtype; 0 for a query that may attend nothing. Under autocast the inputs are
@@ -65,7 +65,8 @@ def attend(
     torch.Size([2, 3, 4])
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
-    return kernels.choose(problem, impl).run(problem)
+    out, _ = kernels.choose(problem, impl).run(problem)
+    return out
 
 
 def attention(
@@ -88,12 +89,12 @@ def attention(
     (torch.Size([2, 3, 4]), torch.Size([2, 1, 5]), torch.Size([2, 3]))
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
-    out = kernels.choose(problem, impl).run(problem)
+    out, lse = kernels.choose(problem, impl).run(problem)
     if isinstance(problem.pair, AdditivePair):  # the weights are this call's, whatever an optimizer does to v meanwhile
         problem = problem._replace(pair=problem.pair._replace(v=problem.pair.v.clone()))
     if not torch.is_grad_enabled():  # nor are the weights to record gradients when they are read, wherever that is
         problem = problem.replaced([x.detach() for x in problem.differentiable()])
-    return Attended(out, problem)
+    return Attended(out, problem, lse)
 
 
 def weights(

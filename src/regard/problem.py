@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     shared: Tensor | None = None  # bool, to (*leading, 1, Lk): both in one, where every row may attend the same keys
     bias: Tensor | None = None  # to (*leading, Lq, Lk), added to the scores
     dropout: Dropout | None = None
+    prepared: Tensor | None = None  # the key once more, as `prepare` of a kernel laid it out
 
     @property
     def queries(self) -> int:
@@ -174,6 +175,12 @@ class Problem(NamedTuple):
 
 
 Indices = slice | Sequence[int]
+
+
+def batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """x (..., R, C) as (batch, heads, R, C): all leading dimensions but the first in one."""
+    whole = x.expand(*leading, *x.shape[-2:])
+    return whole.reshape(*(leading[:1] or (1,)), prod(leading[1:]), *x.shape[-2:])
 
 
 def _split(x: Tensor, rows: int, blocks: int) -> Sequence[Tensor]:

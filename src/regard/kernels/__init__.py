@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from regard.kernels import chunked, sdpa
+from regard.kernels import chunked, cpu, sdpa
 from regard.problem import Problem
 from regard.transforms import transforming
 
@@ -21,34 +21,35 @@ class Implementation(NamedTuple):
 
     name: str
     refuses: Callable[[Problem], str | None]  # why it will not run this problem, in a sentence, or None
-    run: Callable[[Problem], Tensor]
+    run: Callable[[Problem], tuple[Tensor, Tensor | None]]  # out, and the log-sum-exp if it comes by the way
     memory: Callable[[Problem], int]  # bytes it needs beyond inputs and outputs, roughly
+    small: int = 0  # bytes of the largest intermediate, below which `auto` takes the whole matrix instead
 
 
 # The whole matrix is the cheapest for small problems, and what remains when all else refuses.
 WHOLE = Implementation(
     "reference",
     refuses=lambda problem: None,
-    run=Problem.attend,
+    run=lambda problem: (problem.attend(), None),
     memory=lambda problem: 3 * problem.queries * problem.row_bytes,
 )
 TABLE = {
     implementation.name: implementation
     for implementation in (
         Implementation("sdpa", sdpa.refuses, sdpa.run, sdpa.memory),
-        Implementation("chunked", chunked.refuses, chunked.run, chunked.memory),
+        Implementation("cpu", cpu.refuses, cpu.run, cpu.memory, small=2**15),
+        Implementation("chunked", chunked.refuses, chunked.run, chunked.memory, small=2**20),
         WHOLE,
     )
 }
-SMALL = 2**20  # bytes of the largest intermediate, below which `auto` takes the whole matrix before row blocks
 
 
 def choose(problem: Problem, impl: str = "auto") -> Implementation:
     """The implementation that will run the problem; ValueError with its reason where a named one refuses."""
     if impl == "auto":
-        small = problem.queries * problem.row_bytes < SMALL
+        largest = problem.queries * problem.row_bytes
         for each in TABLE.values():
-            if not (small and each.name == "chunked") and refusal(each, problem) is None:
+            if largest >= each.small and refusal(each, problem) is None:
                 return each
     if not isinstance(impl, str) or impl not in TABLE:
         raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {', '.join(map(repr, TABLE))}")

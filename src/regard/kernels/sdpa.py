@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from regard.intervals import Diagonal, is_int
 from regard.normalizers import Softmax
-from regard.problem import Problem
+from regard.problem import Problem, batch_heads
 from regard.reference import DotPair, per_query_head
 
 
@@ -36,10 +35,10 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def run(problem: Problem) -> Tensor:
+def run(problem: Problem) -> tuple[Tensor, None]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _fused(problem)
-    return _TwiceDifferentiable.apply(problem.query, problem.key, problem.value, problem)
+        return _fused(problem), None
+    return _TwiceDifferentiable.apply(problem.query, problem.key, problem.value, problem), None
 
 
 def memory(problem: Problem) -> int:
@@ -51,12 +50,12 @@ def _fused(problem: Problem) -> Tensor:
     pair = problem.pair
     assert isinstance(pair, DotPair)
     query, key, value = (
-        _batch_heads(per_query_head(x, problem.query), problem.leading)
+        _laid(per_query_head(x, problem.query), problem.leading)
         for x in (problem.query, problem.key, problem.value)
     )
     causal = _causal(problem)
     allowed = None if causal else problem.allowed()
-    mask = None if allowed is None else _batch_heads(allowed, problem.leading)
+    mask = None if allowed is None else _laid(allowed, problem.leading)
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=pair.scale)
     return out.reshape(*problem.leading, *out.shape[-2:])
 
@@ -99,9 +98,7 @@ def _causal(problem: Problem) -> bool:
     return is_int(low) and low <= 0
 
 
-def _batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
+def _laid(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     """x (..., R, C) as (batch, heads, R, C), with a last stride of 1."""
-    whole = x.expand(*leading, *x.shape[-2:])
-    batch, heads = leading[:1] or (1,), prod(leading[1:])
-    whole = whole.reshape(*batch, heads, *x.shape[-2:])
+    whole = batch_heads(x, leading)
     return whole if whole.stride(-1) == 1 else whole.contiguous()

@@ -1,0 +1,21 @@
+"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory` or `alignment`; `-h` after it says more."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+NAMES = ("cpu", "toy", "memory", "alignment")
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in NAMES:
+        print(f"usage: python -m benchmarks {{{','.join(NAMES)}}} ...", file=sys.stderr)
+        return 2
+    sys.argv[:2] = [f"python -m benchmarks {name}"]
+    return import_module(f"benchmarks.{name}").main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,595 @@
+"""Additive attention on a CPU, beside all else that computes it and beside dot products.
+
+    python -m benchmarks cpu --json cpu.json --chart cpu.svg
+
+Each contestant of a case is first checked against float64; where one fails, nothing more is timed. They then alternate
+in one process, on one thread and on two, projections included; shown are medians, and at the end the ratios that must
+hold. Exit code 1 where a check fails or a ratio is missed. torch.compile needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import regard
+from benchmarks import memory
+from benchmarks.toy import Naive
+from regard.demos.pronounce import replacing
+from regard.intervals import Grid
+
+IMPL = "cpu"
+THREADS = (1, 2)
+ROUNDS, FEWEST = 101, 5
+SECONDS, BLOCK = 3.0, 0.002  # of a contestant: after so many it may leave, and each round takes at least so many
+OUTPUT = 2e-5  # error allowed: the largest, of the largest value
+GRADIENT = {"additive": 1e-4, "GATv2": 1e-3, "L1": 1e-3}  # the norm's, of the norm: at a kink single elements jump
+CHECKED = 2**23  # elements of Lq × Lk × hidden that are checked; of a larger case, some of the query rows
+LAID_OUT = 2e9  # bytes of Lq × Lk × hidden, at most
+
+
+# --- What is compared, and what must hold.
+
+FORWARD, RECORDED, BACKWARD, PEAK = "forward", "forward, recorded", "forward + backward", "peak at 8,192²"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, and who runs them: each a contestant's name and, after a comma, a variation's."""
+
+    name: str
+    batch: int
+    queries: int
+    keys: int
+    hidden: int  # of queries, keys and values too
+    entries: tuple[str, ...]
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    score: str = "additive"
+    heads: int = 1
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch} × {self.queries:,} × {self.keys:,}, hidden {self.hidden}"
+        return sizes + f", {self.heads} heads" * (self.heads > 1) + f", {self.score}" * (self.score != "additive")
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.heads * self.queries * self.keys * self.hidden
+
+
+ALL = ("regard", "SDPA", "textbook")
+COMPILED = ("compiled textbook", "compiled expression")
+RAGGED = ("regard, ragged", "SDPA, ragged", "textbook, ragged")
+HALVES = ("regard, causal", "SDPA, causal", "regard, half the keys", "SDPA, half the keys")
+CASES = {
+    case.name: case
+    for case in (
+        Case("toy", 2, 1, 10, 8, ("auto, ragged", *RAGGED), passes=(RECORDED, BACKWARD)),
+        Case("256-16", 4, 256, 256, 16, ALL),
+        Case("256-64", 4, 256, 256, 64, ALL),
+        Case("256-128", 4, 256, 256, 128, (*ALL, *COMPILED, *RAGGED, "regard, dropout 0.1")),
+        Case("256-256", 4, 256, 256, 256, ALL),
+        Case("256-1024", 4, 256, 256, 1024, ALL),
+        Case("1024-64", 2, 1024, 1024, 64, (*ALL, *COMPILED)),
+        Case("1024-256", 2, 1024, 1024, 256, ALL),
+        Case("2048-128", 1, 2048, 2048, 128, (*ALL, *HALVES)),
+        Case("8192-64", 1, 8192, 8192, 64, (*ALL, "regard, window of 128", "SDPA, window of 128")),
+        Case("16384-64", 1, 64, 16384, 64, ALL),
+        Case("heads", 4, 128, 128, 32, ("regard", "SDPA", "expression"), heads=8),
+        Case("gatv2", 4, 256, 256, 128, ("regard", "SDPA", "expression", "compiled expression"), score="GATv2"),
+        Case("l1", 4, 256, 256, 64, ("regard", "SDPA", "cdist"), score="L1"),
+        Case("decoding", 16, 1, 1000, 256, ("Memory", "softmax(q·Kᵀ)·V", "textbook step"), passes=(FORWARD,)),
+    )
+}
+PEAKS = (  # case, implementation and length of benchmarks.memory
+    ("additive", IMPL, 8192),
+    ("additive, lengths and causal", IMPL, 8192),
+    ("additive, dropout", IMPL, 8192),
+    ("scaled dot", "sdpa", 8192),
+    ("additive", "textbook", 2048),
+)
+
+
+class Bar(NamedTuple):
+    """One entry's time over another's, or a peak in megabytes; without a limit it is only shown."""
+
+    case: str
+    what: str
+    over: str  # "compiled *" is the fastest of those
+    under: str | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    threads: tuple[int, int] = (1, 1)
+
+
+BARS = (
+    Bar("256-128", FORWARD, "regard", "SDPA", at_most=1.5),
+    Bar("256-128", FORWARD, "compiled *", "regard", at_least=10),
+    Bar("256-128", BACKWARD, "regard", "SDPA", at_most=2.0),
+    Bar("256-128", BACKWARD, "compiled *", "regard", at_least=10),
+    Bar("256-128", BACKWARD, "regard, dropout 0.1", "regard", at_most=1.2),
+    Bar("256-128", FORWARD, "regard", "regard", at_least=1.7, threads=(1, 2)),
+    Bar("256-128", FORWARD, "SDPA", "SDPA", threads=(1, 2)),
+    Bar("256-128", BACKWARD, "regard", "regard", at_least=1.7, threads=(1, 2)),
+    Bar("256-128", BACKWARD, "SDPA", "SDPA", threads=(1, 2)),
+    Bar("1024-64", FORWARD, "regard", "SDPA", at_most=1.6),
+    Bar("1024-256", FORWARD, "regard", "SDPA", at_most=1.8),
+    Bar("gatv2", FORWARD, "expression", "regard", at_least=30),
+    Bar("gatv2", FORWARD, "compiled *", "regard"),
+    Bar("gatv2", FORWARD, "regard", "SDPA", at_most=1.3),
+    Bar("2048-128", FORWARD, "regard, causal", "regard", at_most=0.6),
+    Bar("2048-128", FORWARD, "regard, half the keys", "regard", at_most=0.6),
+    Bar("8192-64", FORWARD, "regard, window of 128", "regard", at_most=0.05),
+    Bar("decoding", FORWARD, "Memory", "softmax(q·Kᵀ)·V", at_most=1.5),
+    Bar("decoding", FORWARD, "textbook step", "Memory", at_least=8),
+    Bar("toy", RECORDED, "auto, ragged", "textbook, ragged", at_most=1.25),
+    Bar("toy", BACKWARD, "auto, ragged", "textbook, ragged", at_most=1.25),
+    Bar("memory", PEAK, f"additive, {IMPL}", at_most=100),
+    Bar("memory", PEAK, f"additive, lengths and causal, {IMPL}", at_most=100),
+    Bar("memory", PEAK, f"additive, dropout, {IMPL}", at_most=100),
+)
+
+
+# --- What they are given.
+
+
+@dataclass(frozen=True)
+class Given:
+    case: Case
+    score: regard.Score
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lens: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are taken by."""
+        return {"query": self.query, "key": self.key, "value": self.value, **dict(self.score.named_parameters())}
+
+
+def draw(case: Case) -> Given:
+    torch.manual_seed(0)
+    n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
+    additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
+    score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
+    query = torch.randn(case.batch, case.queries, n, requires_grad=True)
+    key, value = (torch.randn(case.batch, case.keys, n, requires_grad=True) for _ in range(2))
+    return Given(case, score, query, key, value, lens.clamp(min=1))
+
+
+class Variation(NamedTuple):
+    mask: Callable[[Given], regard.Mask | None] = lambda given: None
+    dropout_p: float = 0.0
+
+    def allowed(self, given: Given, rows: Tensor) -> Tensor | None:
+        """Bool, broadcasting to (batch, [heads,] rows, keys); None allows all."""
+        mask, case = self.mask(given), given.case
+        grid = Grid((case.batch, case.heads) if case.heads > 1 else (case.batch,), case.queries, case.keys)
+        return None if mask is None else mask.allow(rows.unsqueeze(-1), torch.arange(case.keys), grid)
+
+
+VARIATIONS = {
+    "": Variation(),
+    "ragged": Variation(lambda given: regard.Lengths(given.lens)),
+    "half the keys": Variation(lambda given: regard.Lengths(torch.full_like(given.lens, given.case.keys // 2))),
+    "causal": Variation(lambda given: regard.Causal()),
+    "window of 128": Variation(lambda given: regard.Window(128, 0)),
+    "dropout 0.1": Variation(dropout_p=0.1),
+}
+
+
+# --- The contestants: each readies what outlasts a call, and returns the call.
+
+Call = Callable[[], Tensor]
+
+
+def by_regard(given: Given, variation: Variation, impl: str) -> Call:
+    """The mask is made in each call, since the lengths of a batch come with it."""
+    query, key, value, score, (mask, dropout_p) = given.query, given.key, given.value, given.score, variation
+    return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=dropout_p, impl=impl)
+
+
+def by_memory(given: Given, variation: Variation) -> Call:
+    kept = regard.Memory(given.score, given.key.detach(), given.value.detach())
+    return lambda: kept.attend(given.query[:, 0]).unsqueeze(1)
+
+
+def by_sdpa(given: Given, variation: Variation) -> Call:
+    """Dot products of the same projections; causal by its flag, other masks made before, as small as they can be."""
+    score, heads = given.score, given.case.heads
+    causal = isinstance(variation.mask(given), regard.Causal)
+    allowed = None if causal else variation.allowed(given, torch.arange(given.case.queries))
+    if allowed is not None and allowed.dim() == 3:
+        allowed = allowed.unsqueeze(1)
+
+    def call() -> Tensor:
+        query, key = score.project_query(given.query), score.project_key(given.key)
+        value = given.value.unsqueeze(1)
+        if heads > 1:
+            return F.scaled_dot_product_attention(query, key, value.expand(-1, heads, -1, -1))
+        query, key = query.unsqueeze(1), key.unsqueeze(1)  # with fewer than four dimensions it takes a slower path
+        return F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal).squeeze(1)
+
+    return call
+
+
+def by_textbook(given: Given, variation: Variation) -> Call:
+    """The textbook's class, which masks by lengths: where there is no mask, those of all keys."""
+    mask, score, naive = variation.mask(given), given.score, Naive(1, 1, 1)
+    assert isinstance(score, regard.Additive)
+    naive.W_q, naive.W_k, naive.w_v = score.W_q, score.W_k, score.w_v
+    lens = given.lens if isinstance(mask, regard.Lengths) else torch.full_like(given.lens, given.case.keys)
+    return lambda: naive(given.query, given.key, given.value, lens)
+
+
+def by_expression(given: Given, variation: Variation) -> Call:
+    """(activation(q + k) · v).sum(-1): what graph libraries do on a dense graph, and compilers fuse best."""
+    score, heads = given.score, given.case.heads
+    assert isinstance(score, regard.Additive)
+    activation = torch.tanh if score.activation == "tanh" else partial(F.leaky_relu, negative_slope=0.2)
+
+    def call() -> Tensor:
+        query, key = score.project_query(given.query), score.project_key(given.key)
+        v, value = score.w_v.weight, given.value
+        if heads > 1:
+            v, value = v[:, None, None], value.unsqueeze(1)
+        return torch.softmax((activation(query.unsqueeze(-2) + key.unsqueeze(-3)) * v).sum(-1), -1) @ value
+
+    return call
+
+
+def by_cdist(given: Given, variation: Variation) -> Call:
+    def call() -> Tensor:
+        query, key = given.score.project_query(given.query), given.score.project_key(given.key)
+        return torch.softmax(-torch.cdist(query, key, p=1.0), -1) @ given.value
+
+    return call
+
+
+def by_dot_step(given: Given, variation: Variation) -> Call:
+    """One query a sample against projected keys that were kept, transposed and with 1 / √hidden in them."""
+    score, key = given.score, given.score.project_key(given.key).detach() / math.sqrt(given.case.hidden)
+    key = key.mT.contiguous()  # the faster layout
+    return lambda: torch.softmax(score.project_query(given.query) @ key, -1) @ given.value
+
+
+def by_textbook_step(given: Given, variation: Variation) -> Call:
+    """One query a sample against projected keys that were kept."""
+    score, key = given.score, given.score.project_key(given.key).detach().unsqueeze(1)
+    assert isinstance(score, regard.Additive)
+
+    def call() -> Tensor:
+        features = torch.tanh(score.W_q(given.query).unsqueeze(2) + key)
+        return torch.softmax(score.w_v(features).squeeze(-1), -1) @ given.value
+
+    return call
+
+
+class Contestant(NamedTuple):
+    kind: str
+    ready: Callable[[Given, Variation], Call]
+
+
+CONTESTANTS = {
+    "regard": Contestant("regard", partial(by_regard, impl=IMPL)),
+    "auto": Contestant("regard", partial(by_regard, impl="auto")),
+    "Memory": Contestant("regard", by_memory),
+    "SDPA": Contestant("dot products", by_sdpa),
+    "softmax(q·Kᵀ)·V": Contestant("dot products", by_dot_step),
+    "textbook": Contestant("as written", by_textbook),
+    "textbook step": Contestant("as written", by_textbook_step),
+    "expression": Contestant("as written", by_expression),
+    "cdist": Contestant("as written", by_cdist),
+    "compiled textbook": Contestant("compiled", by_textbook),
+    "compiled expression": Contestant("compiled", by_expression),
+}
+
+
+def parts(entry: str) -> tuple[Contestant, Variation]:
+    name, _, variation = entry.partition(", ")
+    return CONTESTANTS[name], VARIATIONS[variation]
+
+
+def fits(case: Case, entry: str) -> bool:
+    """Whether Lq × Lk × hidden, if it is laid out, is small enough."""
+    return parts(entry)[0].kind not in ("as written", "compiled") or 4 * case.elements <= LAID_OUT
+
+
+# --- Checking and timing.
+
+
+class Run(NamedTuple):
+    case: str
+    entry: str
+    what: str
+    threads: int = 1
+
+
+class Result(NamedTuple):
+    """Median seconds, or megabytes of a peak; and the largest error of what was computed."""
+
+    run: Run
+    value: float
+    error: float = 0.0
+
+
+def timed(case: Case) -> list[Result]:
+    """Check every entry, then time them; SystemExit where one is wrong."""
+    torch.compiler.reset()
+    given, errors, calls = draw(case), dict[Run, float](), dict[Run, Callable[[], object]]()
+    for entry in (entry for entry in case.entries if fits(case, entry)):
+        contestant, variation = parts(entry)
+        compiled = contestant.kind == "compiled"
+        call = contestant.ready(given, variation)
+        call = torch.compile(call, dynamic=False) if compiled else call
+        most = case.queries if variation.dropout_p else max(2, CHECKED * case.queries // case.elements)
+        rows = torch.linspace(0, case.queries - 1, min(most, case.queries)).long()  # dropout counts rows: all of them
+        truth = exact(given, contestant.kind, variation, rows)
+        for threads in THREADS[:1] if compiled else THREADS:  # the number of threads is compiled in
+            torch.set_num_threads(threads)
+            for run in (Run(case.name, entry, what, threads) for what in case.passes):
+                out, errors[run] = check(run, call, given, rows, truth)
+                calls[run] = partial(compute, run.what, call, given.leaves, torch.randn_like(out))
+    return [Result(run, each, errors[run]) for run, each in medians(calls).items()]
+
+
+def compute(what: str, call: Call, leaves: dict[str, Tensor], upstream: Tensor) -> list[Tensor]:
+    """What one pass makes: the output, and after a backward the gradients of the leaves."""
+    with torch.set_grad_enabled(what != FORWARD):
+        out = call()
+    if what != BACKWARD:
+        return [out]
+    return [out, *torch.autograd.grad(out, tuple(leaves.values()), upstream, materialize_grads=True)]
+
+
+def exact(given: Given, kind: str, variation: Variation, rows: Tensor) -> list[Tensor]:
+    """The output of rows and the gradients through them, in float64 and with a dense mask."""
+    mask, dropout_p = variation.allowed(given, rows), variation.dropout_p
+    query, key, value = (x.detach().double().requires_grad_() for x in (given.query, given.key, given.value))
+    given = Given(given.case, copy.deepcopy(given.score).double(), query, key, value, given.lens)
+    score = given.score
+    if kind == "dot products":
+        query, key, score = score.project_query(query), score.project_key(key), regard.ScaledDot()
+        value = value.unsqueeze(1) if given.case.heads > 1 else value
+    torch.manual_seed(0)
+    out = regard.attend(query[..., rows, :], key, value, score, mask, dropout_p=dropout_p, impl="chunked")
+    return [x.detach() for x in compute(BACKWARD, lambda: out, given.leaves, direction(out))]
+
+
+def direction(out: Tensor) -> Tensor:
+    """What is sent backward through the rows that are checked."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+
+
+def check(run: Run, call: Call, given: Given, rows: Tensor, truth: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """The output, and the largest error of it and of what gradients there are; SystemExit where one is too large."""
+    upstream = torch.zeros(*truth[0].shape[:-2], given.case.queries, truth[0].shape[-1])
+    upstream[..., rows, :] = direction(truth[0]).float()
+    torch.manual_seed(0)
+    out, *gradients = compute(run.what, call, given.leaves, upstream)
+    worst = 0.0
+    for name, right, found in zip(("output", *given.leaves), truth, (out[..., rows, :], *gradients), strict=False):
+        order, allowed = (math.inf, OUTPUT) if name == "output" else (2, GRADIENT[given.case.score])
+        error = (vector_norm(found - right, order) / vector_norm(right, order).clamp(min=1e-30)).item()
+        if not error <= allowed:  # NaN is not
+            what = name if name == "output" else f"gradient of {name}"
+            where = f"{run.case}: {run.entry}, {run.what}, threads: {run.threads}"
+            raise SystemExit(f"{where}: {what} is off by {error:.1e}, more than {allowed:.0e}; so it is not timed")
+        worst = max(worst, error)
+    return out.detach(), worst
+
+
+def medians(calls: dict[Run, Callable[[], object]]) -> dict[Run, float]:
+    """Seconds of each, in alternation; one that has used its seconds up leaves early, though after a few rounds."""
+    taken: dict[Run, list[float]] = {run: [] for run in calls}
+    repeats: dict[Run, int] = {}
+    for _ in range(ROUNDS):
+        for run in sorted(calls, key=lambda run: run.threads):
+            if len(taken[run]) >= FEWEST and sum(taken[run]) * repeats[run] > SECONDS:
+                continue
+            if torch.get_num_threads() != run.threads:
+                torch.set_num_threads(run.threads)
+                torch.ones(2**20).exp()  # the first parallel work after a change starts the threads
+            if run not in repeats:
+                repeats[run] = max(1, int(BLOCK / seconds(calls[run])))
+            taken[run].append(seconds(calls[run], repeats[run]))
+    return {run: statistics.median(each) for run, each in taken.items()}
+
+
+def seconds(call: Callable[[], object], repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def peaks() -> list[Result]:
+    """Megabytes beyond inputs, output and gradients, each in a process of its own."""
+    runs = {(case, impl, n): Run("memory", f"{case}, {impl}", f"peak at {n:,}²") for case, impl, n in PEAKS}
+    return [Result(run, memory.peak(*peak)) for peak, run in runs.items()]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers are of; the sgemm rate is the best of torch.mm, 1024³: multiply-adds a second, one thread."""
+    torch.set_num_threads(1)
+    square, info = torch.randn(1024, 1024), Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "cpu": names[0].partition(": ")[2] if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "sgemm_per_second": 1024**3 / min(seconds(lambda: square @ square) for _ in range(20)),
+        "threads": THREADS,
+        "torch": torch.__version__,
+        "regard": regard.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+# --- Showing.
+
+
+def least(results: Iterable[Result], case: str, entry: str, what: str, threads: int = 1) -> float:
+    """The least value of the entries that fit; NaN where there is none."""
+    fitting = (each for each in results if (each.run.case, *each.run[2:]) == (case, what, threads))
+    return min((each.value for each in fitting if fnmatchcase(each.run.entry, entry)), default=math.nan)
+
+
+def judged(bar: Bar, results: Sequence[Result]) -> tuple[float | None, bool | None]:
+    """What was measured (None: not all of it), and whether the bar holds (None: it has no limit)."""
+    measured = least(results, bar.case, bar.over, bar.what, bar.threads[0])
+    if bar.under:
+        measured /= least(results, bar.case, bar.under, bar.what, bar.threads[1])
+    held = (bar.at_least or 0.0) <= measured <= (bar.at_most or math.inf) if bar.at_least or bar.at_most else None
+    return None if math.isnan(measured) else measured, held
+
+
+def verdict(bar: Bar, measured: float | None, held: bool | None) -> str:
+    name = f"{bar.over} / {bar.under}" if bar.under else f"{bar.over}, MB"
+    threads = "" if bar.threads == (1, 1) else ", threads {} / {}".format(*bar.threads)
+    number = "not measured" if measured is None else f"{measured:.3g}"
+    limit = f"at most {bar.at_most:g}" if bar.at_most else f"at least {bar.at_least:g}" if bar.at_least else ""
+    said = {None: "", True: "held", False: "MISSED"}[held]
+    return f"  {bar.case:10}{bar.what:20}{name + threads:40}{number:>13}  {limit:15}{said}".rstrip()
+
+
+def detailed(result: Result, sgemm: float) -> dict[str, Any]:
+    """A result by names. Its rate counts all elements of Lq × Lk × hidden, masked ones too."""
+    run, value, error = result
+    if run.case not in CASES:
+        return {**run._asdict(), "megabytes": value}
+    rate = CASES[run.case].elements / value
+    rates = {"elements_per_second": rate, "of_sgemm": rate / sgemm / run.threads}
+    return {**run._asdict(), "seconds": value, **rates, "error": error}
+
+
+HEADINGS = f"{'':54}{'ms':>10}{'2 threads':>11}{'ratio':>8}{'G elem/s':>10}{'of sgemm':>10}{'error':>9}"
+
+
+def table(name: str, results: Sequence[Result], sgemm: float) -> str:
+    """A line for each entry and pass; ratios are to the first entry."""
+    if name not in CASES:
+        lines = [f"  {run.entry:34}{run.what:18}{megabytes:10.1f} MB" for run, megabytes, _ in results]
+        return "\n".join([f"\n{name}", *lines])
+    case, lines = CASES[name], [f"\n{name}: {CASES[name]}"]
+    for what in case.passes:
+        first = least(results, name, case.entries[0], what)
+        for each in (detailed(each, sgemm) for each in results if each.run[2:] == (what, 1)):
+            two = 1e3 * least(results, name, each["entry"], what, 2)
+            times = f"{1e3 * each['seconds']:10.3f}{'' if math.isnan(two) else f'{two:.3f}':>11}"
+            rates = f"{each['elements_per_second'] / 1e9:10.2f}{each['of_sgemm']:10.1%}{each['error']:9.0e}"
+            lines.append(f"  {each['entry']:34}{what:18}{times}{each['seconds'] / first:8.2f}{rates}")
+    left_out = (entry for entry in case.entries if not fits(case, entry))
+    lines += [f"  {entry:34}not run: {4e-9 * case.elements:.1f} GB of Lq × Lk × hidden" for entry in left_out]
+    return "\n".join(lines)
+
+
+MARKS = {  # colours of Okabe & Ito, which all can tell apart; the side of the label that meets the mark
+    "dot products": ("D", "#0072B2", "right"),
+    "regard": ("o", "#D55E00", "left"),
+    "compiled": ("s", "#009E73", "left"),
+    "as written": ("^", "#000000", "left"),
+}
+
+
+def chart(results: Sequence[Result], facts: dict[str, Any]) -> Figure:
+    """Forward times on one thread: a line for each case and variation, a mark for the fastest of each kind."""
+    lines: dict[str, dict[str, float]] = {}
+    for (case, entry, what, threads), value, _ in results:
+        if what in (FORWARD, RECORDED) and threads == 1:
+            line = lines.setdefault(", ".join([str(CASES[case]), *entry.split(", ")[1:]]), {})
+            kind = parts(entry)[0].kind
+            line[kind] = min(1e3 * value, line.get(kind, math.inf))
+    figure = Figure((8, 0.3 * len(lines) + 1.6), layout="constrained")
+    ax = figure.subplots()
+    for y, line in enumerate(lines.values()):
+        ax.plot([min(line.values()), max(line.values())], [y, y], color="0.85", zorder=0)
+        for kind, milliseconds in line.items():
+            marker, colour, side = MARKS[kind]
+            ax.plot(milliseconds, y, marker, color=colour)
+            if line is max((each for each in lines.values() if kind in each), key=len):  # there, among its like
+                label = ax.annotate(kind, (milliseconds, y), xytext=(0, 3), textcoords="offset points")
+                label.set(color=colour, fontsize="small", ha=side, va="bottom")
+    ax.set(xscale="log", xlabel="milliseconds of a forward pass, projections included")
+    ax.set_yticks(range(len(lines)), labels=list(lines))
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.spines[["top", "right"]].set_visible(False)
+
+    def typical(over: str, under: str) -> str:
+        ratios = [line[over] / line[under] for line in lines.values() if over in line and under in line]
+        ratio = statistics.median(ratios) if ratios else math.nan
+        return f"{ratio:.1f} ×" if ratio < 10 else f"{ratio:,.0f} ×"
+
+    against = f"regard: {typical('regard', 'dot products')} the time of dot products"
+    figure.suptitle(f"{against}, {typical('as written', 'regard')} faster than code as written (medians)")
+    about = f"one thread of {facts['cpu']} ({facts['capability']}), torch {facts['torch']}"
+    figure.supxlabel(about, fontsize="small", color="0.3")
+    return figure
+
+
+# --- The job.
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="only the cases whose ratios must hold")
+    parser.add_argument("--only", choices=(*CASES, "memory"), metavar="NAME", help="one case: %(choices)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="a picture of it, .svg or .png")
+    options = parser.parse_args()
+    for path in filter(None, (options.json, options.chart)):
+        if not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    chosen = [options.only] if options.only else [*CASES, "memory"]
+    names = [name for name in chosen if not options.quick or any(bar.case == name for bar in BARS)]
+    facts = machine()
+    print("\n".join(f"{name}: {fact}" for name, fact in facts.items()), HEADINGS, sep="\n\n", flush=True)
+    results: list[Result] = []
+    for name in tqdm(names, unit="case", leave=False, disable=None):
+        found = timed(CASES[name]) if name in CASES else peaks()
+        tqdm.write(table(name, found, facts["sgemm_per_second"]))
+        results += found
+    judgements = {bar: judged(bar, results) for bar in BARS if bar.case in names}
+    print("\nwhat must hold", *(verdict(bar, *judgement) for bar, judgement in judgements.items()), sep="\n")
+    if options.json:
+        measured = [detailed(each, facts["sgemm_per_second"]) for each in results]
+        bars = [{**bar._asdict(), "measured": ratio, "held": held} for bar, (ratio, held) in judgements.items()]
+        with replacing(options.json) as part:
+            record = {"machine": facts, "results": measured, "bars": bars}
+            part.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if options.chart:
+        kind = options.chart.suffix[1:]
+        with replacing(options.chart) as part, mpl.rc_context({"svg.hashsalt": "regard"}):
+            chart(results, facts).savefig(part, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+    return int(any(held is False for _, held in judgements.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

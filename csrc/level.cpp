@@ -1,0 +1,199 @@
+// One instruction set: compiled once for each, with REGARD_LEVEL its name.
+#include "level.hpp"
+
+#include "attend.hpp"
+
+namespace {
+
+// body(queue) of the numbers below count, on all threads.
+template <class Body>
+void share(const regard_threads& threads, int64_t count, Body& body) {
+    regard_queue queue(count);
+    threads.run(queue, [](regard_queue& numbers, void* context) { (*static_cast<Body*>(context))(numbers); }, &body);
+}
+
+// Keys are laid out once for each that differ.
+struct Layout {
+    int64_t outer, groups, each;  // how many differ along either leading dimension; floats of one
+
+    explicit Layout(const regard_problem& p)
+        : outer(p.key.outer == 0 ? 1 : p.outer), groups(p.key.inner == 0 ? 1 : p.inner / p.group), each(Keys::count(Sizes(p))) {}
+    int64_t index(const Place& at) const { return (outer == 1 ? 0 : at.outer) * groups + (groups == 1 ? 0 : at.group); }
+};
+
+template <class Pair>
+int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first, float* prepared, float* blocked) {
+    const Layout layout(p);
+    const int64_t outer = p.prepared ? p.prepared_outer : layout.groups * layout.each;
+    const int64_t inner = p.prepared ? p.prepared_inner : layout.each;
+    const Sizes sizes(p);
+    std::atomic<bool> fine{true};
+    auto some = [&](regard_queue& queue) {
+        for (int64_t n; queue.take(n);) {
+            float* in_blocks = blocked ? blocked + n * sizes.keys * sizes.padded() : nullptr;
+            const Place at = Place::of_keys(n / layout.groups, n % layout.groups);
+            if (!prepare<Pair>(p, at, first, prepared + at.outer * outer + at.group * inner, in_blocks)) fine = false;
+        }
+    };
+    share(threads, layout.outer * layout.groups, some);
+    return fine ? REGARD_OK : REGARD_NO_MEMORY;
+}
+
+// run(p, keys, map, scratch) for every ROWS rows of every map.
+template <class Pair, class Run>
+int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
+    const Layout layout(p);
+    const int64_t prepared_size = p.prepared ? 0 : layout.outer * layout.groups * layout.each;
+    Arena arena(sizeof(float) * static_cast<size_t>(prepared_size));
+    if (!arena) return REGARD_NO_MEMORY;
+    float* prepared = arena.take<float>(prepared_size);
+    if (!p.prepared)
+        if (int failed = prepare_all<Pair>(p, threads, 0, prepared, nullptr)) return failed;
+    const Sizes sizes(p);
+    const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
+    std::atomic<bool> fine{true};
+    auto some = [&](regard_queue& queue) {
+        Scratch scratch{};
+        Arena sizes_only;
+        lay_out(sizes_only, p, false, scratch);
+        Arena memory(sizes_only.used());
+        if (!memory) {
+            fine = false;
+            return;
+        }
+        lay_out(memory, p, false, scratch);
+        int64_t folded = -1;
+        for (int64_t n; queue.take(n);) {
+            const int64_t map = n / blocks;
+            const Place at(p, map);
+            if (folded != map) fold<Pair>(p, sizes, at.inner, scratch.constants);
+            folded = map;
+            scratch.rows.first = static_cast<int>(n % blocks * ROWS);
+            scratch.rows.count = static_cast<int>(least<int64_t>(ROWS, p.queries - scratch.rows.first));
+            const float* laid = p.prepared ? p.prepared + at.outer * p.prepared_outer + at.group * p.prepared_inner
+                                           : prepared + layout.index(at) * layout.each;
+            run(p, Keys(laid, sizes), map, scratch);
+        }
+    };
+    share(threads, p.outer * p.inner * blocks, some);
+    return fine ? REGARD_OK : REGARD_NO_MEMORY;
+}
+
+// Each map is shared among `splits` units, which sum what keys and values get on their own, where maps are too few
+// to keep all threads at work.
+template <class Pair>
+int backward_all(const regard_problem& p, const regard_threads& threads) {
+    const Layout layout(p);
+    const Sizes sizes(p);
+    const int64_t n = sizes.padded(), maps = p.outer * p.inner, blocks = (p.queries + ROWS - 1) / ROWS;
+    const int64_t keys_size = sizes.keys * n, values_size = p.grad_scores ? 0 : static_cast<int64_t>(sizes.keys) * sizes.width;
+    const int64_t most_splits = most<int64_t>(1, (int64_t{64} << 20) / most<int64_t>(1, maps * (keys_size + values_size) * 4));
+    const int64_t splits = most<int64_t>(1, least(least((threads.count() + maps - 1) / most<int64_t>(1, maps), blocks), most_splits));
+    const int64_t distinct = layout.outer * layout.groups;
+    // One unit needs its sums only until they are written; several keep them until all are done.
+    const int64_t waiting = splits == 1 ? 0 : maps * splits;
+    Arena arena(sizeof(float) * static_cast<size_t>(distinct * (layout.each + keys_size) + waiting * (keys_size + values_size + 64)) +
+                sizeof(double) * static_cast<size_t>(waiting * (n + 1)) + 1024);
+    if (!arena) return REGARD_NO_MEMORY;
+    float *prepared = arena.take<float>(distinct * layout.each), *blocked = arena.take<float>(distinct * keys_size);
+    float *all_keys = arena.take<float>(waiting * keys_size), *all_values = arena.take<float>(waiting * values_size);
+    double* all_v = arena.take<double>(waiting * (n + 1));
+    if (int failed = prepare_all<Pair>(p, threads, 0, prepared, blocked)) return failed;
+
+    auto write = [&](int64_t map, const float* v, const float* keys, const float* values, const double* grad_v) {
+        for (int64_t j = 0; p.grad_key && j < p.keys; ++j)
+            for (int64_t h = 0; h < p.hidden; ++h)
+                p.grad_key[(map * p.keys + j) * p.hidden + h] =
+                    Pair::key_sign * Pair::slope_scale(v, h) * keys[(h / BLOCK * sizes.keys + j) * BLOCK + h % BLOCK];
+        for (int64_t j = 0; p.grad_value && j < p.keys; ++j)
+            std::memcpy(p.grad_value + (map * p.keys + j) * p.width, values + j * sizes.width, sizeof(float) * static_cast<size_t>(p.width));
+        if (p.grad_v)
+            for (int64_t h = 0; h < p.hidden; ++h)
+                p.grad_v[map * p.hidden + h] = static_cast<float>(Pair::v_gradient(grad_v[h], grad_v[n]));
+    };
+    std::atomic<bool> fine{true};
+    auto some = [&](regard_queue& queue) {
+        Scratch scratch{};
+        Arena sizes_only;
+        lay_out(sizes_only, p, true, scratch);
+        Arena memory(sizes_only.used() + (waiting ? 0 : sizeof(float) * static_cast<size_t>(keys_size + values_size) + 256) + sizeof(double) * static_cast<size_t>(n + 1));
+        if (!memory) {
+            fine = false;
+            return;
+        }
+        lay_out(memory, p, true, scratch);
+        float *own_keys = memory.take<float>(waiting ? 0 : keys_size), *own_values = memory.take<float>(waiting ? 0 : values_size);
+        double* own_v = memory.take<double>(waiting ? 0 : n + 1);
+        for (int64_t unit; queue.take(unit);) {
+            const int64_t map = unit / splits, split = unit % splits;
+            const Place at(p, map);
+            Sums sums{waiting ? all_keys + unit * keys_size : own_keys, waiting ? all_values + unit * values_size : own_values,
+                      waiting ? all_v + unit * (n + 1) : own_v, 0.0};
+            std::memset(sums.keys, 0, sizeof(float) * static_cast<size_t>(keys_size));
+            if (values_size) std::memset(sums.values, 0, sizeof(float) * static_cast<size_t>(values_size));
+            std::memset(sums.v, 0, sizeof(double) * static_cast<size_t>(n + 1));
+            fold<Pair>(p, sizes, at.inner, scratch.constants);
+            if (!p.grad_scores) transpose_values(p, sizes, at, scratch.values, scratch.transposed);
+            const int64_t which = layout.index(at);
+            for (int64_t b = blocks * split / splits; b < blocks * (split + 1) / splits; ++b) {
+                scratch.rows.first = static_cast<int>(b * ROWS);
+                scratch.rows.count = static_cast<int>(least<int64_t>(ROWS, p.queries - b * ROWS));
+                backward_rows<Pair>(p, Keys(prepared + which * layout.each, sizes), blocked + which * keys_size, map, scratch, sums);
+            }
+            sums.v[n] = sums.g;
+            if (!waiting) write(map, scratch.constants.v, sums.keys, sums.values, sums.v);
+        }
+    };
+    share(threads, maps * splits, some);
+    if (!fine) return REGARD_NO_MEMORY;
+    if (!waiting) return REGARD_OK;
+    auto gather = [&](regard_queue& queue) {
+        for (int64_t map; queue.take(map);) {
+            float *keys = all_keys + map * splits * keys_size, *values = all_values + map * splits * values_size;
+            double* v = all_v + map * splits * (n + 1);
+            for (int64_t split = 1; split < splits; ++split) {
+                for (int64_t i = 0; i < keys_size; ++i) keys[i] += keys[split * keys_size + i];
+                for (int64_t i = 0; i < values_size; ++i) values[i] += values[split * values_size + i];
+                for (int64_t i = 0; i <= n; ++i) v[i] += v[split * (n + 1) + i];
+            }
+            write(map, p.v ? p.v + map % p.inner % p.v_heads * p.hidden : nullptr, keys, values, v);
+        }
+    };
+    share(threads, maps, gather);
+    return REGARD_OK;
+}
+
+template <class Run>
+int with_pair(const regard_problem& p, Run run) {
+    switch (p.pair) {
+        case REGARD_TANH: return run(Rational<2>{});
+        case REGARD_SIGMOID: return run(Rational<1>{});
+        case REGARD_LEAKY_RELU: return run(Rectified{});
+        default: return run(Distance{});
+    }
+}
+
+int64_t prepared_count(const regard_problem* p) { return Layout(*p).each; }
+
+int prepare_keys(const regard_problem* p, const regard_threads* threads, int64_t first) {
+    return with_pair(*p, [&](auto pair) { return prepare_all<decltype(pair)>(*p, *threads, first, p->prepared, nullptr); });
+}
+
+int forward(const regard_problem* p, const regard_threads* threads) {
+    return with_pair(*p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, forward_rows<decltype(pair)>); });
+}
+
+int scores(const regard_problem* p, const regard_threads* threads) {
+    return with_pair(*p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, score_whole_rows<decltype(pair)>); });
+}
+
+int backward(const regard_problem* p, const regard_threads* threads) {
+    return with_pair(*p, [&](auto pair) { return backward_all<decltype(pair)>(*p, *threads); });
+}
+
+}  // namespace
+
+#define REGARD_NAMED(level) regard_##level
+#define REGARD_LEVEL_NAME(level) REGARD_NAMED(level)
+
+extern const regard_level REGARD_LEVEL_NAME(REGARD_LEVEL) = {prepared_count, prepare_keys, forward, scores, backward};

@@ -1,0 +1,292 @@
+"""Additive and L1 attention on the CPU, by the C library that is built of csrc/: exact, and in linear memory.
+
+The library is optional: without it this implementation refuses, and says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from importlib.resources import files
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.kernels import ops
+from regard.normalizers import Softmax
+from regard.problem import Problem
+from regard.reference import AdditivePair, L1Pair, Pair
+
+NAME = {"win32": "regard_kernels.dll", "darwin": "libregard_kernels.dylib"}.get(sys.platform, "libregard_kernels.so")
+LEVELS = ("baseline", "avx2", "avx512")
+PAIRS = {"tanh": 0, "sigmoid": 1, "relu": 2, "leaky_relu": 2, "l1": 3}  # as in csrc/regard.h
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def refuses(problem: Problem) -> str | None:
+    if LIBRARY is None:
+        return "its C++ library is not installed (no compiler worked when regard was)"
+    if type(problem.pair) not in (AdditivePair, L1Pair):
+        return "it computes additive and L1 scores only"
+    if type(problem.normalizer) is not Softmax:
+        return f"it normalizes by softmax, not {type(problem.normalizer).__name__}"
+    if problem.bias is not None:
+        return "it adds no bias to the scores"
+    if problem.query.device.type != "cpu":
+        return f"it runs on the CPU, not on {problem.query.device.type}"
+    for x in (problem.query, problem.key, problem.value):
+        if x.dtype not in DTYPES:
+            return f"it computes in float32, not {x.dtype}"
+    if problem.query.shape[-1] == 0:
+        return "there is nothing to compare"
+    return None
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    return ops.attend(problem, problem.prepared)
+
+
+def memory(problem: Problem) -> int:
+    """Of backward, which needs more: the keys and their gradients laid out anew, and the values'."""
+    key, value = problem.key, problem.value
+    return 4 * (3 * key.numel() + 2 * value.numel()) + 2**20
+
+
+# --- The library.
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("outer", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("column", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    ]
+
+
+class _Bound(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("outer", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("slope", ctypes.c_int64),
+    ]
+
+
+class _Problem(ctypes.Structure):
+    """struct regard_problem."""
+
+    _fields_ = [
+        ("pair", ctypes.c_int64),
+        ("negative_slope", ctypes.c_float),
+        ("outer", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("v_heads", ctypes.c_int64),
+        ("v", ctypes.c_void_p),
+        ("query", _Tensor),
+        ("key", _Tensor),
+        ("value", _Tensor),
+        ("out", _Tensor),
+        ("lse", ctypes.c_void_p),
+        ("prepared", ctypes.c_void_p),
+        ("prepared_outer", ctypes.c_int64),
+        ("prepared_inner", ctypes.c_int64),
+        ("intervals", ctypes.c_int64),
+        ("low", _Bound * 2),
+        ("high", _Bound * 2),
+        ("keep", ctypes.c_void_p),
+        ("keep_outer", ctypes.c_int64),
+        ("keep_inner", ctypes.c_int64),
+        ("keep_row", ctypes.c_int64),
+        ("keep_column", ctypes.c_int64),
+        ("seed", ctypes.c_void_p),
+        ("first_row", ctypes.c_int64),
+        ("dropped_below", ctypes.c_uint64),
+        ("kept_factor", ctypes.c_float),
+        ("scores", ctypes.c_void_p),
+        ("grad_out", ctypes.c_void_p),
+        ("grad_lse", ctypes.c_void_p),
+        ("grad_scores", ctypes.c_void_p),
+        ("grad_query", ctypes.c_void_p),
+        ("grad_key", ctypes.c_void_p),
+        ("grad_value", ctypes.c_void_p),
+        ("grad_v", ctypes.c_void_p),
+    ]
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at path, on torch's threads where this torch says how to come by them."""
+    library = ctypes.CDLL(str(path))
+    library.regard_level_name.restype = ctypes.c_char_p
+    library.regard_prepared_count.restype = ctypes.c_int64
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+    if hasattr(torch_cpu, "torch_parallel_for") and hasattr(torch_cpu, "torch_get_num_threads"):
+        library.regard_use_threads(torch_cpu.torch_parallel_for, torch_cpu.torch_get_num_threads)
+    if hasattr(os, "register_at_fork"):  # threads are not there in a child, whose first parallel region would hang
+        os.register_at_fork(after_in_child=lambda: library.regard_set_serial(1))
+    return library
+
+
+def find() -> Path | None:
+    """Where the library is installed, if it is."""
+    path = Path(str(files("regard.kernels") / NAME))
+    return path if path.is_file() else None
+
+
+LIBRARY = None if (_path := find()) is None else load(_path)
+
+
+# --- The operators.
+
+
+def _attend(*given: Any) -> tuple[Tensor, Tensor]:
+    sides, rest = ops.split(given)
+    prepared = given[-1]
+    out = rest.value.new_empty(*sides.query.shape[:-1], rest.value.shape[-1])
+    lse = torch.empty(sides.query.shape[:-1])
+    problem, kept = _problem(sides, rest)
+    problem.out, problem.lse = _tensor(out), lse.data_ptr()
+    if prepared is not None:
+        problem.prepared = prepared.data_ptr()
+        problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
+    _call("regard_forward", problem)
+    return out, lse
+
+
+def _attend_backward(*given: Any) -> tuple[Tensor, ...]:
+    sides, rest = ops.split(given)
+    out, lse, grad_out, grad_lse, by_sides, by_value = given[-6:]
+    grad_out, grad_lse = grad_out.float().contiguous(), grad_lse.contiguous()
+    problem, kept = _problem(sides, rest)
+    problem.out, problem.lse = _tensor(out), lse.data_ptr()
+    problem.grad_out, problem.grad_lse = grad_out.data_ptr(), grad_lse.data_ptr()
+    return _gradients(problem, sides, rest.value, by_sides, by_value)
+
+
+def _scores(*given: Any) -> Tensor:
+    sides = ops.Sides(*given)
+    scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
+    problem, kept = _problem(sides)
+    problem.scores = scores.data_ptr()
+    _call("regard_scores", problem)
+    return scores
+
+
+def _scores_backward(*given: Any) -> tuple[Tensor, ...]:
+    sides, grad = ops.Sides(*given[:-1]), given[-1].float().contiguous()
+    problem, kept = _problem(sides)
+    problem.grad_scores = grad.data_ptr()
+    return _gradients(problem, sides, sides.key[..., :0], True, False)[:3]
+
+
+def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = None, first: int = 0) -> Tensor:
+    """(B, H, size): projected keys (B, H, Lk, D) as the kernels read them, with room for so many keys.
+
+    What earlier keys were prepared in is written to, from key `first` on, where it has the room.
+    """
+    sides = ops.lowered(pair, key, key)
+    problem, kept = _problem(sides)
+    problem.keys = max(room, key.shape[2])
+    size = _library().regard_prepared_count(ctypes.byref(problem))
+    problem.keys = key.shape[2]
+    if prepared is None or prepared.shape[2] < size:
+        prepared, first = torch.empty(*key.shape[:2], size), 0
+    problem.prepared = prepared.data_ptr()
+    problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
+    _call("regard_prepare", problem, ctypes.c_int64(first))
+    return prepared
+
+
+def _gradients(
+    problem: _Problem, sides: ops.Sides, value: Tensor, by_sides: bool, by_value: bool
+) -> tuple[Tensor, ...]:
+    """Of query, key, v and value: each summed over what shares it, in its own dtype."""
+    batch, heads = sides.query.shape[:2]
+    v = torch.empty(0, 0) if sides.v is None else sides.v
+    inputs = {"query": sides.query, "key": sides.key, "v": v, "value": value}
+    wanted = {"query": by_sides, "key": by_sides, "v": by_sides, "value": by_value}
+    each = {
+        name: torch.empty(batch, heads, *x.shape[2 if x.dim() == 4 else 1 :])
+        for name, x in inputs.items()
+        if wanted[name]
+    }
+    for name, gradient in each.items():
+        if gradient.numel():
+            setattr(problem, f"grad_{name}", gradient.data_ptr())
+    _call("regard_backward", problem)
+
+    def summed(name: str, x: Tensor) -> Tensor:
+        if not wanted[name]:
+            return x.new_empty(0)
+        gradient = each[name]
+        if name == "v":
+            gradient = gradient.sum(0).unflatten(0, (-1, len(v))).sum(0) if v.numel() else gradient.new_empty(0)
+        elif x.shape[1] != heads:
+            gradient = gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+        return gradient.to(x.dtype)
+
+    return tuple(summed(name, x) for name, x in inputs.items())
+
+
+def _problem(sides: ops.Sides, rest: ops.Rest | None = None) -> tuple[_Problem, list[Tensor]]:
+    """The struct, and what it points into that no one else keeps."""
+    query, key, v = sides.query, sides.key, sides.v
+    problem, kept = _Problem(), []
+    problem.pair, problem.negative_slope = PAIRS[sides.activation], sides.negative_slope
+    problem.outer, problem.inner, problem.queries, problem.hidden = query.shape
+    problem.keys, problem.group = key.shape[2], max(1, query.shape[1] // max(1, key.shape[1]))
+    problem.query, problem.key = _tensor(query), _tensor(key)
+    if v is not None:
+        kept.append(v.contiguous())
+        problem.v, problem.v_heads = kept[-1].data_ptr(), v.shape[0]
+    if rest is None:
+        return problem, kept
+    problem.value, problem.width = _tensor(rest.value), rest.value.shape[-1]
+    problem.intervals = len(rest.offsets) // 2
+    for n, (bound, offset, diagonal) in enumerate(zip(rest.bounds, rest.offsets, rest.diagonals, strict=True)):
+        side = problem.high if n % 2 else problem.low
+        pointer, strides = (None, (0, 0, 0)) if bound is None else (bound.data_ptr(), bound.stride()[:3])
+        side[n // 2] = _Bound(pointer, *strides, offset, diagonal)
+    if rest.keep is not None:
+        problem.keep = rest.keep.data_ptr()
+        problem.keep_outer, problem.keep_inner, problem.keep_row, problem.keep_column = rest.keep.stride()
+    if rest.seed is not None:
+        problem.seed, problem.first_row = rest.seed.data_ptr(), rest.first_row
+        problem.dropped_below = ceil(rest.dropout_p * 2**32)
+        problem.kept_factor = 1 / (1 - rest.dropout_p) if rest.dropout_p < 1 else 0.0
+    return problem, kept
+
+
+def _tensor(x: Tensor) -> _Tensor:
+    return _Tensor(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
+
+
+def _library() -> ctypes.CDLL:
+    if LIBRARY is None:
+        raise RuntimeError("the C++ library of regard is not installed")
+    return LIBRARY
+
+
+def _call(name: str, problem: _Problem, *more: ctypes.c_int64) -> None:
+    if _library()[name](ctypes.byref(problem), *more):
+        raise MemoryError(f"{name} found no memory to work in")
+
+
+ops.LIBRARY.impl("attend", _attend, "CPU")
+ops.LIBRARY.impl("attend_backward", _attend_backward, "CPU")
+ops.LIBRARY.impl("scores", _scores, "CPU")
+ops.LIBRARY.impl("scores_backward", _scores_backward, "CPU")
