@@ -221,85 +221,6 @@ void read_rows(const regard_problem& p, const Sizes& sizes, const Place& at, con
                 std::memset(rows.blocked + (b * ROWS + r) * BLOCK, 0, sizeof(float) * BLOCK);
 }
 
-// The path of each group (for scores) or of each block (for gradients) in one tile.
-template <class Pair>
-void choose_paths(const Sizes& sizes, const Keys& keys, const Constants& constants, const Rows& rows, int tile, uint8_t* of_group, uint8_t* of_block) {
-    if (!Pair::exponential_sides) {
-        std::memset(of_group, FAST, static_cast<size_t>(sizes.units / GROUP));
-        std::memset(of_block, FAST, static_cast<size_t>(sizes.blocks));
-        return;
-    }
-    const float* top = keys.largest(tile);
-    for (int b = 0; b < sizes.blocks; ++b) of_block[b] = keys.direct[b * BLOCK] != 0.0f ? DIRECT : FAST;
-    for (int g = 0; g < sizes.units / GROUP; ++g) {
-        float bits = 0.0f, most_ = 0.0f;
-        for (int h = g * GROUP; h < (g + 1) * GROUP; ++h) {
-            float each = most(0.0f, (rows.largest[h] + top[h]) * (Pair::kappa * LOG2_E));
-            bits += each + constants.bits[h];
-            most_ = most(most_, each);
-        }
-        uint8_t& block = of_block[g * GROUP / BLOCK];
-        if (block == DIRECT) {
-            of_group[g] = DIRECT;
-            continue;
-        }
-        of_group[g] = bits <= Pair::log2_limit ? FAST : CAPPED;
-        if (!(4 * (most_ + 1) <= Pair::log2_limit)) block = CAPPED;
-    }
-}
-
-// --- Scores of a tile: columns first .. last of it, whole panels; scores[row][TILE].
-
-template <class Pair, int R>
-void score_rows(const float* rows, int units, const float* keys, const Constants& constants, const uint8_t* paths,
-                float slope, float* scores) {
-    constexpr int AT_ONCE = 8;  // groups summed from 0, so that partial sums stay small beside Σ v
-    for (int j = 0; j < PANEL; j += J * W) {
-        for (int first = 0; first < units / GROUP; first += AT_ONCE) {
-            Lanes sums[R][J];
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < J; ++c) sums[r][c] = splat(0.0f);
-            const int last = least(first + AT_ONCE, units / GROUP);
-            float sum_v = 0.0f;
-            for (int g = first; g < last; ++g) {
-                const float *e = rows + g * GROUP, *f = keys + g * GROUP * PANEL + j, *constant = constants.folded + g * GROUP;
-                switch (paths[g]) {
-                    case FAST: Pair::template add<FAST, R>(e, units, f, constant, sums, slope); break;
-                    case CAPPED: Pair::template add<CAPPED, R>(e, units, f, constant, sums, slope); break;
-                    default: Pair::template add<DIRECT, R>(e, units, f, constant, sums, slope); break;
-                }
-                const float* v = constants.v + g * GROUP;
-                sum_v += (v[0] + v[1]) + (v[2] + v[3]);
-            }
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < J; ++c) {
-                    float* at = scores + r * TILE + j + c * W;
-                    Lanes part = Pair::finish(sums[r][c], sum_v, constants.scale);
-                    store(at, first == 0 ? part : load(at) + part);
-                }
-        }
-    }
-}
-
-template <class Pair>
-void score_tile(const regard_problem& p, const Sizes& sizes, const Keys& keys, const Constants& constants, const Rows& rows, int tile,
-                int first, int last, const uint8_t* paths, float* scores) {
-    for (int column = first; column < last; column += PANEL) {
-        const float* panel = keys.panel(tile * (TILE / PANEL) + column / PANEL);
-        int r = 0;
-        for (; r + 4 <= rows.count; r += 4)
-            score_rows<Pair, 4>(rows.folded + r * sizes.units, sizes.units, panel, constants, paths, p.negative_slope, scores + r * TILE + column);
-        const float* rest = rows.folded + r * sizes.units;
-        float* to = scores + r * TILE + column;
-        switch (rows.count - r) {
-            case 3: score_rows<Pair, 3>(rest, sizes.units, panel, constants, paths, p.negative_slope, to); break;
-            case 2: score_rows<Pair, 2>(rest, sizes.units, panel, constants, paths, p.negative_slope, to); break;
-            case 1: score_rows<Pair, 1>(rest, sizes.units, panel, constants, paths, p.negative_slope, to); break;
-            default: break;
-        }
-    }
-}
-
 // --- Masks.
 
 struct Allowed {  // of the rows at hand
@@ -376,7 +297,8 @@ struct Scratch {
     Constants constants;
     Rows rows;
     Allowed allowed;
-    uint8_t *group_paths, *block_paths;
+    uint8_t *group_paths, *block_paths;       // of the tile at hand: for scores, for gradients
+    int64_t paths[3];                         // how many groups of how many tiles went which
     float *scores, *kept;                     // [ROWS][TILE]; [TILE]
     float *values, *sums;                     // [TILE][width] (backward: [BLOCK][width]); forward: [ROWS][width]
     float *products, *grads, *delta;          // backward: [ROWS][TILE], [ROWS][width], [ROWS]
@@ -402,6 +324,85 @@ inline void lay_out(Arena& arena, const regard_problem& p, bool backward, Scratc
     } else {
         s.rows.blocked = nullptr;
         s.values = arena.take<float>(static_cast<int64_t>(TILE) * sizes.width), s.sums = arena.take<float>(static_cast<int64_t>(ROWS) * sizes.width);
+    }
+}
+
+// --- Paths.
+
+// The path of each group (for scores) and of each block (for gradients) in one tile.
+template <class Pair>
+void choose_paths(const Sizes& sizes, const Keys& keys, int tile, Scratch& s) {
+    if (!Pair::exponential_sides) {
+        std::memset(s.group_paths, FAST, static_cast<size_t>(sizes.units / GROUP));
+        std::memset(s.block_paths, FAST, static_cast<size_t>(sizes.blocks));
+        return;
+    }
+    const float* top = keys.largest(tile);
+    for (int b = 0; b < sizes.blocks; ++b) s.block_paths[b] = keys.direct[b * BLOCK] != 0.0f ? DIRECT : FAST;
+    for (int g = 0; g < sizes.units / GROUP; ++g) {
+        float bits = 0.0f, most_ = 0.0f;
+        for (int h = g * GROUP; h < (g + 1) * GROUP; ++h) {
+            float each = most(0.0f, (s.rows.largest[h] + top[h]) * (Pair::kappa * LOG2_E));
+            bits += each + s.constants.bits[h];
+            most_ = most(most_, each);
+        }
+        uint8_t& block = s.block_paths[g * GROUP / BLOCK];
+        s.group_paths[g] = block == DIRECT ? DIRECT : bits <= Pair::log2_limit ? FAST : CAPPED;
+        if (block == FAST && !(4 * (most_ + 1) <= Pair::log2_limit)) block = CAPPED;
+        ++s.paths[s.group_paths[g]];
+    }
+}
+
+// --- Scores of a tile: columns first .. last of it, whole panels; scores[row][TILE].
+
+template <class Pair, int R>
+void score_rows(const float* rows, int units, const float* keys, const Constants& constants, const uint8_t* paths,
+                float slope, float* scores) {
+    constexpr int AT_ONCE = 8;  // groups summed from 0, so that partial sums stay small beside Σ v
+    for (int j = 0; j < PANEL; j += J * W) {
+        for (int first = 0; first < units / GROUP; first += AT_ONCE) {
+            Lanes sums[R][J];
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < J; ++c) sums[r][c] = splat(0.0f);
+            const int last = least(first + AT_ONCE, units / GROUP);
+            float sum_v = 0.0f;
+            for (int g = first; g < last; ++g) {
+                const float *e = rows + g * GROUP, *f = keys + g * GROUP * PANEL + j, *constant = constants.folded + g * GROUP;
+                switch (paths[g]) {
+                    case FAST: Pair::template add<FAST, R>(e, units, f, constant, sums, slope); break;
+                    case CAPPED: Pair::template add<CAPPED, R>(e, units, f, constant, sums, slope); break;
+                    default: Pair::template add<DIRECT, R>(e, units, f, constant, sums, slope); break;
+                }
+                const float* v = constants.v + g * GROUP;
+                sum_v += (v[0] + v[1]) + (v[2] + v[3]);
+            }
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < J; ++c) {
+                    float* at = scores + r * TILE + j + c * W;
+                    Lanes part = Pair::finish(sums[r][c], sum_v, constants.scale);
+                    store(at, first == 0 ? part : load(at) + part);
+                }
+        }
+    }
+}
+
+template <class Pair>
+void score_tile(const regard_problem& p, const Sizes& sizes, const Keys& keys, Scratch& s, int tile, int first, int last) {
+    const int units = sizes.units;
+    const float slope = p.negative_slope;
+    for (int column = first; column < last; column += PANEL) {
+        const float* panel = keys.panel(tile * (TILE / PANEL) + column / PANEL);
+        int r = 0;
+        for (; r + 4 <= s.rows.count; r += 4)
+            score_rows<Pair, 4>(s.rows.folded + r * units, units, panel, s.constants, s.group_paths, slope, s.scores + r * TILE + column);
+        const float* rest = s.rows.folded + r * units;
+        float* to = s.scores + r * TILE + column;
+        switch (s.rows.count - r) {
+            case 3: score_rows<Pair, 3>(rest, units, panel, s.constants, s.group_paths, slope, to); break;
+            case 2: score_rows<Pair, 2>(rest, units, panel, s.constants, s.group_paths, slope, to); break;
+            case 1: score_rows<Pair, 1>(rest, units, panel, s.constants, s.group_paths, slope, to); break;
+            default: break;
+        }
     }
 }
 
@@ -437,8 +438,8 @@ void forward_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratc
         const int t = static_cast<int>(tile);
         int first, last;
         if (!columns(s.allowed, rows.count, t, first, last)) continue;
-        choose_paths<Pair>(sizes, keys, s.constants, rows, t, s.group_paths, s.block_paths);
-        score_tile<Pair>(p, sizes, keys, s.constants, rows, t, first, last, s.group_paths, s.scores);
+        choose_paths<Pair>(sizes, keys, t, s);
+        score_tile<Pair>(p, sizes, keys, s, t, first, last);
         mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
         for (int r = 0; r < rows.count; ++r) {
             float* row = s.scores + r * TILE;
@@ -495,8 +496,8 @@ void score_whole_rows(const regard_problem& p, const Keys& keys, int64_t map, Sc
         const int t = static_cast<int>(tile);
         int first, last;
         if (!columns(s.allowed, rows.count, t, first, last)) continue;
-        choose_paths<Pair>(sizes, keys, s.constants, rows, t, s.group_paths, s.block_paths);
-        score_tile<Pair>(p, sizes, keys, s.constants, rows, t, first, last, s.group_paths, s.scores);
+        choose_paths<Pair>(sizes, keys, t, s);
+        score_tile<Pair>(p, sizes, keys, s, t, first, last);
         mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
         const size_t seen = static_cast<size_t>(least<int64_t>(last, p.keys - tile * TILE) - first);
         for (int r = 0; r < rows.count; ++r)
@@ -571,7 +572,7 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
         int first, last;
         if (!columns(s.allowed, rows.count, t, first, last)) continue;
         const int64_t start = tile * TILE;
-        choose_paths<Pair>(sizes, keys, s.constants, rows, t, s.group_paths, s.block_paths);
+        choose_paths<Pair>(sizes, keys, t, s);
         float* g = s.scores;
         if (p.grad_scores) {
             for (int r = 0; r < rows.count; ++r) {
@@ -580,7 +581,7 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
             }
             mask_tile(p, at, rows, s.allowed, t, first, last, 0.0f, g);
         } else {
-            score_tile<Pair>(p, sizes, keys, s.constants, rows, t, first, last, s.group_paths, s.scores);
+            score_tile<Pair>(p, sizes, keys, s, t, first, last);
             mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
             for (int r = 0; r < rows.count; ++r)
                 std::memset(s.products + r * TILE + first, 0, sizeof(float) * static_cast<size_t>(last - first));

@@ -74,6 +74,7 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
                                            : prepared + layout.index(at) * layout.each;
             run(p, Keys(laid, sizes), map, scratch);
         }
+        threads.went(scratch.paths);
     };
     share(threads, p.outer * p.inner * blocks, some);
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
@@ -143,6 +144,7 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             sums.v[n] = sums.g;
             if (!waiting) write(map, scratch.constants.v, sums.keys, sums.values, sums.v);
         }
+        threads.went(scratch.paths);
     };
     share(threads, maps * splits, some);
     if (!fine) return REGARD_NO_MEMORY;

@@ -19,6 +19,7 @@ typedef void (*regard_body)(regard_queue&, void* context);
 struct regard_threads {
     void (*run)(regard_queue&, regard_body, void* context);
     int64_t (*count)();
+    void (*went)(const int64_t paths[3]);  // takes note of Scratch::paths
 };
 
 struct regard_level {

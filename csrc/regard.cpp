@@ -70,9 +70,15 @@ void run_on_torch_threads(regard_queue& queue, regard_body body, void* context) 
     parallel_for(0, queue.count < threads ? queue.count : threads, 1, one, &task);
 }
 
+std::atomic<int64_t> paths[3];
+
+void note_paths(const int64_t taken[3]) {
+    for (int n = 0; n < 3; ++n) paths[n] += taken[n];
+}
+
 regard_threads threads() {
-    if (parallel_for && !serial) return {run_on_torch_threads, torch_threads};
-    return {run_serially, one_thread};
+    if (parallel_for && !serial) return {run_on_torch_threads, torch_threads, note_paths};
+    return {run_serially, one_thread, note_paths};
 }
 
 }  // namespace
@@ -91,6 +97,11 @@ REGARD_EXPORT void regard_use_threads(torch_parallel_for share, torch_get_num_th
 }
 
 REGARD_EXPORT void regard_set_serial(int whether) { serial = whether != 0; }
+
+// How many groups of hidden units, in how many tiles, went which way (see Path) since the library was loaded.
+REGARD_EXPORT void regard_paths(int64_t* fast, int64_t* capped, int64_t* direct) {
+    *fast = paths[0], *capped = paths[1], *direct = paths[2];
+}
 
 // Floats that p.prepared needs for each (outer, group) of that many keys.
 REGARD_EXPORT int64_t regard_prepared_count(const regard_problem* p) { return LEVELS[level]->prepared_count(p); }

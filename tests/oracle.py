@@ -22,6 +22,11 @@ EPS = torch.finfo(torch.float32).eps
 BATCH, QUERY_DIM, KEY_DIM, VALUE_DIM = 2, 5, 5, 5  # values as wide as keys, or sdpa would refuse
 
 
+def score_for(impl: str) -> regard.Score:
+    """One without parameters that the implementation takes."""
+    return regard.Laplace() if impl == "cpu" else regard.ScaledDot()
+
+
 # --- Scores and masks, from their definitions.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import IMPLEMENTATIONS
+from oracle import IMPLEMENTATIONS, score_for
 
 import regard
 from regard import Attended, kernels
@@ -18,7 +18,8 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def attended(impl: str = "reference") -> Attended:
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4)
-    return regard.attention(query.requires_grad_(), key, value, mask=regard.Lengths(torch.tensor([9, 4])), impl=impl)
+    lens = regard.Lengths(torch.tensor([9, 4]))
+    return regard.attention(query.requires_grad_(), key, value, score_for(impl), lens, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -33,7 +34,8 @@ def test_everything_follows_from_the_weights(impl: str) -> None:
     torch.testing.assert_close(values, p.topk(3).values)
     torch.testing.assert_close(p.gather(-1, indices), values)
     assert seen.lse is not None
-    scores = seen.problem.query @ seen.problem.key.mT / 2
+    problem = seen.problem
+    scores = problem.pair(problem.query, problem.key)
     torch.testing.assert_close(torch.exp(scores - seen.lse[..., None])[0], p[0])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import CASES, IMPLEMENTATIONS, KEY_DIM, QUERY_DIM, Case, check, inputs, mask_of
+from oracle import CASES, IMPLEMENTATIONS, KEY_DIM, QUERY_DIM, Case, check, inputs, mask_of, score_for
 from torch import Tensor
 
 import regard
@@ -128,7 +128,7 @@ def test_the_check_catches(fault: Callable[[Problem], Tensor], monkeypatch: pyte
 # --- Numbers from outside.
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", "chunked", "cpu"])
 def test_equal_keys_give_the_mean_of_the_valid_values(impl: str) -> None:
     values = torch.arange(40.0).reshape(1, 10, 4).repeat(2, 1, 1)
     score, lens = regard.Additive(20, 2, 8), torch.tensor([2, 6])
@@ -136,7 +136,7 @@ def test_equal_keys_give_the_mean_of_the_valid_values(impl: str) -> None:
     torch.testing.assert_close(out, torch.tensor([[[2.0, 3, 4, 5]], [[10.0, 11, 12, 13]]]))
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", "chunked", "cpu"])
 def test_additive_with_identity_projections(impl: str) -> None:
     score = regard.Additive(2, 2, 2)
     with torch.no_grad():
@@ -188,7 +188,8 @@ def test_valid_scores_however_low_win_over_padding(impl: str, dtype: torch.dtype
     query = torch.tensor([[[1.0, 0.0]]], dtype=dtype)
     key = torch.tensor([[[low, 0.0], [low, 0.0], [9.0, 0.0]]], dtype=dtype)
     value = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [100.0, 0.0]]], dtype=dtype)
-    out = regard.attend(query, key, value, regard.Dot(), regard.Lengths(torch.tensor([2])), impl=impl)
+    score = score_for(impl) if impl == "cpu" else regard.Dot()
+    out = regard.attend(query, key, value, score, regard.Lengths(torch.tensor([2])), impl=impl)
     assert out.dtype == dtype
     assert out.tolist() == [[[2.0, 0.0]]]
 
@@ -200,8 +201,13 @@ def test_other_dtypes(impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, length, 8, dtype=dtype, requires_grad=True) for length in (50, 19, 19))
     mask = regard.Lengths(torch.tensor([19, 7]))
-    out = regard.attend(query, key, value, mask=mask, impl=impl)
-    exact = regard.attend(query.double(), key.double(), value.double(), mask=mask, impl="reference")
+    score = score_for(impl)
+    if impl == "cpu" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="computes in float32"):
+            regard.attend(query, key, value, score, impl=impl)
+        return
+    out = regard.attend(query, key, value, score, mask, impl=impl)
+    exact = regard.attend(query.double(), key.double(), value.double(), score, mask, impl="reference")
     assert out.dtype == dtype
     results = [(y, *torch.autograd.grad(y.square().sum(), (query, key, value))) for y in (out, exact)]
     for found, true in zip(*results, strict=True):
@@ -218,7 +224,7 @@ def test_gradients_are_summed_in_float32(impl: str, dtype: torch.dtype, monkeypa
     monkeypatch.setattr(kernels.chunked, "BLOCK_BYTES", 1)
     query, key = torch.zeros(1, 3000, 8, dtype=dtype), torch.zeros(1, 1, 8, dtype=dtype)
     value = torch.ones(1, 1, 8, dtype=dtype, requires_grad=True)
-    regard.attend(query, key, value, impl=impl).sum(1).backward(torch.ones(1, 8, dtype=dtype))
+    regard.attend(query, key, value, score_for(impl), impl=impl).sum(1).backward(torch.ones(1, 8, dtype=dtype))
     assert value.grad is not None
     assert value.grad.eq(torch.tensor(3000, dtype=dtype)).all()  # 256 or 2048 when summed in its own precision
 
@@ -229,7 +235,7 @@ def test_gradients_are_summed_in_float32(impl: str, dtype: torch.dtype, monkeypa
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_row_that_may_attend_nothing_is_zero(impl: str) -> None:
     x = torch.randn(2, 4, 8, requires_grad=True)
-    seen = regard.attention(x, x, x, mask=regard.Lengths(torch.tensor([0, 3])), impl=impl)
+    seen = regard.attention(x, x, x, score_for(impl), regard.Lengths(torch.tensor([0, 3])), impl=impl)
     assert seen.out[0].eq(0).all()
     assert seen.weights()[0].eq(0).all()
     assert seen.lse is not None
@@ -270,7 +276,7 @@ def test_what_nothing_attends_does_not_exist(impl: str, name: str, garbage: floa
     key[~valid], value[~valid] = garbage, garbage
     if name == "rows":
         query[~valid] = garbage
-    score = regard.ScaledDot() if impl == "sdpa" else regard.Additive(8, 8, 4)
+    score = score_for(impl) if impl == "sdpa" else regard.Additive(8, 8, 4)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     if impl in regard.explain(*leaves, score=score, mask=mask).refused:
         with pytest.raises(ValueError, match="refuses"):
@@ -285,7 +291,7 @@ def test_what_nothing_attends_does_not_exist(impl: str, name: str, garbage: floa
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nothing_of_the_callers_is_written_to(impl: str) -> None:
-    case = Case("scaled_dot", "lengths")
+    case = Case("laplace" if impl == "cpu" else "scaled_dot", "lengths")
     given = inputs(case)
     lens = torch.tensor([9, 0])
     before = [x.detach().clone() for x in (given.query, given.key, given.value, lens)]
@@ -313,9 +319,10 @@ def test_shared_padding_does_not_exist_for_a_batch_that_skips_it(impl: str, lead
     if len(leading) == 2:
         query = query[:, None]
     lens = torch.tensor([2, 4])
-    out = regard.attend(query, key, value, mask=regard.Lengths(lens), impl=impl)
+    score = score_for(impl)
+    out = regard.attend(query, key, value, score, regard.Lengths(lens), impl=impl)
     for n in range(2):
-        alone = regard.attend(query[n], key[..., : lens[n], :], value[..., : lens[n], :], impl="reference")
+        alone = regard.attend(query[n], key[..., : lens[n], :], value[..., : lens[n], :], score, impl="reference")
         torch.testing.assert_close(out[n].reshape(3, 4), alone.reshape(3, 4))
 
 
@@ -361,7 +368,7 @@ def test_lengths_of_small_integer_types() -> None:
     ]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["reference", "chunked", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_cosine_of_padding_and_of_zero_vectors(impl: str, dtype: torch.dtype) -> None:
     query, key = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
@@ -447,18 +454,19 @@ def test_a_mask_written_to_before_backward_is_an_error(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)])
 def test_leading_dimensions(impl: str, leading: tuple[int, ...]) -> None:
     query, key, value = (torch.randn(*leading, length, 4) for length in (2, 5, 5))
-    out = regard.attend(query, key, value, impl=impl)
+    out = regard.attend(query, key, value, score_for(impl), impl=impl)
     query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    flat = regard.attend(query, key, value, impl="reference")
+    flat = regard.attend(query, key, value, score_for(impl), impl="reference")
     torch.testing.assert_close(out, flat.reshape(*leading, 2, 4))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_leading_dimensions_broadcast(impl: str) -> None:
     query, key, value = torch.randn(2, 1, 3, 4), torch.randn(5, 6, 4), torch.randn(1, 5, 6, 4)
-    out = regard.attend(query, key, value, impl=impl)
+    score = score_for(impl)
+    out = regard.attend(query, key, value, score, impl=impl)
     assert out.shape == (2, 5, 3, 4)
-    torch.testing.assert_close(out[1, 2], regard.attend(query[1, 0], key[2], value[0, 2], impl="reference"))
+    torch.testing.assert_close(out[1, 2], regard.attend(query[1, 0], key[2], value[0, 2], score, impl="reference"))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -466,15 +474,16 @@ def test_grouped_heads(impl: str) -> None:
     query, key, value = torch.randn(2, 6, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
     key[1, :, 3:], value[1, :, 3:] = torch.nan, torch.nan
     mask = regard.Lengths(torch.tensor([5, 3]))
-    out = regard.attend(query, key, value, mask=mask, enable_gqa=True, impl=impl)
+    score = score_for(impl)
+    out = regard.attend(query, key, value, score, mask, enable_gqa=True, impl=impl)
     for head in range(6):
-        one = regard.attend(query[:, head], key[:, head // 3], value[:, head // 3], mask=mask, impl="reference")
+        one = regard.attend(query[:, head], key[:, head // 3], value[:, head // 3], score, mask, impl="reference")
         torch.testing.assert_close(out[:, head], one)
     with pytest.raises(ValueError, match="enable_gqa=True"):
-        regard.attend(query, key, value, impl=impl)
+        regard.attend(query, key, value, score, impl=impl)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", "chunked", "cpu"])
 def test_heads_of_an_additive_score(impl: str) -> None:
     score = regard.Additive(QUERY_DIM, KEY_DIM, 8, heads=3, weight_norm=True)
     query, key, value = torch.randn(2, 4, QUERY_DIM), torch.randn(2, 7, KEY_DIM), torch.randn(2, 7, 3)

@@ -61,7 +61,11 @@ LENS = torch.tensor([3, 1])
         ({"normalizer": regard.Softmax}, TypeError, "it must be a Normalizer"),
         ({"score": regard.Additive(4, 4, 2).double()}, ValueError, r"query is torch\.float32; the parameters"),
         ({"normalizer": "softmax"}, TypeError, "normalizer is 'softmax'; it must be a Normalizer"),
-        ({"impl": "cuda"}, ValueError, "impl is 'cuda'; it must be 'auto' or one of 'sdpa', 'chunked', 'reference'"),
+        (
+            {"impl": "cuda"},
+            ValueError,
+            "impl is 'cuda'; it must be 'auto' or one of 'sdpa', 'cpu', 'chunked', 'reference'",
+        ),
         ({"impl": ["sdpa"]}, ValueError, "impl is \\['sdpa'\\]; it must be"),
         ({"enable_gqa": True, "score": regard.Additive(4, 4, 2, heads=2)}, ValueError, "makes 2 heads of its own"),
         ({"enable_gqa": True, "query": torch.randn(2, 5, 3, 4)}, ValueError, "enable_gqa needs as many key as value"),
@@ -84,7 +88,8 @@ def test_auto_chooses_what_fits() -> None:
     additive = regard.Additive(16, 16, 32)
     assert regard.explain(small, small, small).implementation == "sdpa"
     assert regard.explain(small, small, small, additive).implementation == "reference"
-    assert regard.explain(large, large, large, additive).implementation == "chunked"
+    assert regard.explain(large, large, large, additive).implementation == "cpu"
+    assert regard.explain(large, large, large, additive, normalizer=regard.Sparsemax()).implementation == "chunked"
     assert regard.explain(large, large, large, mask=regard.Causal()).implementation == "sdpa"
     assert regard.explain(large, large, large, dropout_p=0.1).implementation == "chunked"
     assert regard.explain(small, small, small, impl="chunked").implementation == "chunked"
@@ -94,7 +99,8 @@ def test_the_whole_matrix_is_taken_only_below_a_megabyte() -> None:
     score = regard.Additive(16, 16, 64)
     for keys, implementation in ((1023, "reference"), (1024, "chunked")):
         query, key = torch.randn(4, 16), torch.randn(keys, 16)
-        assert regard.explain(query, key, key, score).implementation == implementation
+        chosen = regard.explain(query, key, key, score, normalizer=regard.Sparsemax()).implementation
+        assert chosen == implementation
 
 
 def test_explain_says_why_not_and_how_much() -> None:
@@ -155,7 +161,7 @@ def test_no_warning_and_no_surprise_without_keys_or_rows() -> None:
 
 
 def test_choosing_is_by_the_table() -> None:
-    assert list(kernels.TABLE) == ["sdpa", "chunked", "reference"]
+    assert list(kernels.TABLE) == ["sdpa", "cpu", "chunked", "reference"]
 
 
 def test_explain_changes_nothing() -> None:

@@ -25,7 +25,9 @@ mpl.use("Agg")
 PACKAGE = Path(regard.__file__).parent
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages([str(PACKAGE)], "regard.") if module.name != "regard.__main__"
+    module.name
+    for module in pkgutil.walk_packages([str(PACKAGE)], "regard.")
+    if module.name != "regard.__main__" and not module.name.endswith("regard_kernels")  # no module, but a library
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regard.kernels import chunked
+from regard.kernels import chunked, scored
 from regard.normalizers import Softmax
 from regard.problem import Indices, Problem
 from regard.transforms import versions
@@ -32,7 +32,7 @@ class Attended:
     def _unchanged(self) -> Problem:
         if self.versions and self.versions != versions(_tensors(self.problem)):
             raise RuntimeError("the inputs of this attention were written to since; read its weights before that")
-        return self.problem
+        return scored(self.problem)
 
     @property
     def lse(self) -> Tensor | None:

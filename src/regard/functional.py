@@ -116,7 +116,7 @@ def weights(
     tensor([[0.5000, 0.5000, 0.0000]])
     """
     problem = lower(query, key, key[..., :0], score, mask, bias, normalizer, 0.0, enable_gqa)
-    return problem.select(rows, heads=None).weights()
+    return kernels.scored(problem.select(rows, heads=None)).weights()
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def explain(
     >>> print(explain(x, x, x, mask=Window(128, 0)))
     chunked, about 20.0 MiB beyond inputs and outputs
       not sdpa: rows with keys of their own would need a float mask of Lq × Lk
+      not cpu: it computes additive and L1 scores only
     """
     with torch.random.fork_rng(devices=[]):  # the seed of a dropout that does not happen
         problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)

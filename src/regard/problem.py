@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """What one query row of every leading index takes while its scores are computed whole."""
-        width = 1 if isinstance(self.pair, reference.DotPair) else max(1, self.query.shape[-1])
+        width = 1 if getattr(self.pair, "fused", False) else max(1, self.query.shape[-1])
         return prod(self.leading) * self.keys * width * max(4, self.query.itemsize)
 
     def allowed(self) -> Tensor | None:
@@ -179,8 +179,10 @@ Indices = slice | Sequence[int]
 
 def batch_heads(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     """x (..., R, C) as (batch, heads, R, C): all leading dimensions but the first in one."""
-    whole = x.expand(*leading, *x.shape[-2:])
-    return whole.reshape(*(leading[:1] or (1,)), prod(leading[1:]), *x.shape[-2:])
+    whole = x if x.shape[:-2] == leading else x.expand(*leading, *x.shape[-2:])
+    if len(leading) < 3:  # a view, and quickly
+        return whole if len(leading) == 2 else whole.unsqueeze(-3) if leading else whole[None, None]
+    return whole.reshape(leading[0], prod(leading[1:]), *x.shape[-2:])
 
 
 def _split(x: Tensor, rows: int, blocks: int) -> Sequence[Tensor]:

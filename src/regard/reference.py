@@ -25,6 +25,7 @@ class DotPair(NamedTuple):
     """scale · a_i · b_j, where scale None means 1 / sqrt(D)."""
 
     scale: float | None = None
+    fused = True  # it makes nothing of size Lq × Lk × D
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         scale = 1 / sqrt(max(1, a.shape[-1])) if self.scale is None else self.scale

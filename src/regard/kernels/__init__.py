@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from regard.kernels import chunked, cpu, sdpa
@@ -23,7 +24,7 @@ class Implementation(NamedTuple):
     refuses: Callable[[Problem], str | None]  # why it will not run this problem, in a sentence, or None
     run: Callable[[Problem], tuple[Tensor, Tensor | None]]  # out, and the log-sum-exp if it comes by the way
     memory: Callable[[Problem], int]  # bytes it needs beyond inputs and outputs, roughly
-    small: int = 0  # bytes of the largest intermediate, below which `auto` takes the whole matrix instead
+    small: int = 0  # bytes of the whole matrix, below which `auto` computes that instead, unless torch traces
 
 
 # The whole matrix is the cheapest for small problems, and what remains when all else refuses.
@@ -37,7 +38,7 @@ TABLE = {
     implementation.name: implementation
     for implementation in (
         Implementation("sdpa", sdpa.refuses, sdpa.run, sdpa.memory),
-        Implementation("cpu", cpu.refuses, cpu.run, cpu.memory, small=2**15),
+        Implementation("cpu", cpu.refuses, cpu.run, cpu.memory, small=2**17),
         Implementation("chunked", chunked.refuses, chunked.run, chunked.memory, small=2**20),
         WHOLE,
     )
@@ -47,9 +48,10 @@ TABLE = {
 def choose(problem: Problem, impl: str = "auto") -> Implementation:
     """The implementation that will run the problem; ValueError with its reason where a named one refuses."""
     if impl == "auto":
-        largest = problem.queries * problem.row_bytes
+        size = problem.queries * problem.row_bytes
+        tracing = torch.compiler.is_compiling()
         for each in TABLE.values():
-            if largest >= each.small and refusal(each, problem) is None:
+            if (tracing or size >= each.small) and refusal(each, problem) is None:
                 return each
     if not isinstance(impl, str) or impl not in TABLE:
         raise ValueError(f"impl is {impl!r}; it must be 'auto' or one of {', '.join(map(repr, TABLE))}")
@@ -65,3 +67,8 @@ def refusal(implementation: Implementation, problem: Problem) -> str | None:
     if reason is None and implementation is not WHOLE and transforming():
         return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
     return reason
+
+
+def scored(problem: Problem) -> Problem:
+    """The problem with its scores computed by a kernel, where there is one for them."""
+    return cpu.scored(problem)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regard.kernels.ops import FusedAdditivePair, FusedL1Pair
 from regard.normalizers import Entmax15, Sigmoid, Softmax, Sparsemax
 from regard.problem import Problem
 from regard.reference import AdditivePair, DotPair, L1Pair, L2Pair, widened
 from regard.transforms import transforming
 
 BLOCK_BYTES = 2**21  # the largest intermediate of one block; some ten of that size live at once
-KNOWN = (DotPair, AdditivePair, L1Pair, L2Pair, Softmax, Sparsemax, Entmax15, Sigmoid)
+KNOWN = (
+    *(DotPair, AdditivePair, FusedAdditivePair, L1Pair, FusedL1Pair, L2Pair),
+    *(Softmax, Sparsemax, Entmax15, Sigmoid),
+)
 
 
 def refuses(problem: Problem) -> str | None:

@@ -28,19 +28,27 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def refuses(problem: Problem) -> str | None:
-    if LIBRARY is None:
-        return "its C++ library is not installed (no compiler worked when regard was)"
-    if type(problem.pair) not in (AdditivePair, L1Pair):
-        return "it computes additive and L1 scores only"
     if type(problem.normalizer) is not Softmax:
         return f"it normalizes by softmax, not {type(problem.normalizer).__name__}"
     if problem.bias is not None:
         return "it adds no bias to the scores"
+    if problem.value.dtype not in DTYPES:
+        return f"it computes in float32, not {problem.value.dtype}"
+    return refuses_scores(problem)
+
+
+def refuses_scores(problem: Problem) -> str | None:
+    """Why it will not compute the bare scores."""
+    if LIBRARY is None:
+        return "its C++ library is not installed: no compiler worked when regard was"
+    if torch.compiler.is_exporting():
+        return "a program that is exported is to run without regard"
+    if type(problem.pair) not in (AdditivePair, L1Pair):
+        return "it computes additive and L1 scores only"
     if problem.query.device.type != "cpu":
         return f"it runs on the CPU, not on {problem.query.device.type}"
-    for x in (problem.query, problem.key, problem.value):
-        if x.dtype not in DTYPES:
-            return f"it computes in float32, not {x.dtype}"
+    if problem.query.dtype not in DTYPES:
+        return f"it computes in float32, not {problem.query.dtype}"
     if problem.query.shape[-1] == 0:
         return "there is nothing to compare"
     return None
@@ -54,6 +62,15 @@ def memory(problem: Problem) -> int:
     """Of backward, which needs more: the keys and their gradients laid out anew, and the values'."""
     key, value = problem.key, problem.value
     return 4 * (3 * key.numel() + 2 * value.numel()) + 2**20
+
+
+def scored(problem: Problem) -> Problem:
+    """The problem with its scores computed here, if it is one of those."""
+    if refuses_scores(problem) is not None:
+        return problem
+    pair = problem.pair
+    fused = ops.FusedAdditivePair(*pair) if isinstance(pair, AdditivePair) else ops.FusedL1Pair()
+    return problem._replace(pair=fused)
 
 
 # --- The library.
@@ -150,6 +167,22 @@ def find() -> Path | None:
 LIBRARY = None if (_path := find()) is None else load(_path)
 
 
+def level(force: str | None = None) -> str:
+    """The instruction set in use, of LEVELS; after `force`, the lower of that and the processor's best."""
+    library = _library()
+    if force is not None:
+        library.regard_set_level(LEVELS.index(force))
+    return library.regard_level_name().decode()
+
+
+def paths() -> tuple[int, int, int]:
+    """How many groups of hidden units, in how many tiles, ran fast, capped and directly so far: see csrc/pairs.hpp."""
+    counts = (ctypes.c_int64 * 3)()
+    _library().regard_paths(*(ctypes.byref(counts, 8 * n) for n in range(3)))
+    fast, capped, direct = counts
+    return fast, capped, direct
+
+
 # --- The operators.
 
 
@@ -158,7 +191,7 @@ def _attend(*given: Any) -> tuple[Tensor, Tensor]:
     prepared = given[-1]
     out = rest.value.new_empty(*sides.query.shape[:-1], rest.value.shape[-1])
     lse = torch.empty(sides.query.shape[:-1])
-    problem, kept = _problem(sides, rest)
+    problem = _problem(sides, rest)
     problem.out, problem.lse = _tensor(out), lse.data_ptr()
     if prepared is not None:
         problem.prepared = prepared.data_ptr()
@@ -171,7 +204,7 @@ def _attend_backward(*given: Any) -> tuple[Tensor, ...]:
     sides, rest = ops.split(given)
     out, lse, grad_out, grad_lse, by_sides, by_value = given[-6:]
     grad_out, grad_lse = grad_out.float().contiguous(), grad_lse.contiguous()
-    problem, kept = _problem(sides, rest)
+    problem = _problem(sides, rest)
     problem.out, problem.lse = _tensor(out), lse.data_ptr()
     problem.grad_out, problem.grad_lse = grad_out.data_ptr(), grad_lse.data_ptr()
     return _gradients(problem, sides, rest.value, by_sides, by_value)
@@ -180,7 +213,7 @@ def _attend_backward(*given: Any) -> tuple[Tensor, ...]:
 def _scores(*given: Any) -> Tensor:
     sides = ops.Sides(*given)
     scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
-    problem, kept = _problem(sides)
+    problem = _problem(sides)
     problem.scores = scores.data_ptr()
     _call("regard_scores", problem)
     return scores
@@ -188,7 +221,7 @@ def _scores(*given: Any) -> Tensor:
 
 def _scores_backward(*given: Any) -> tuple[Tensor, ...]:
     sides, grad = ops.Sides(*given[:-1]), given[-1].float().contiguous()
-    problem, kept = _problem(sides)
+    problem = _problem(sides)
     problem.grad_scores = grad.data_ptr()
     return _gradients(problem, sides, sides.key[..., :0], True, False)[:3]
 
@@ -199,7 +232,7 @@ def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = No
     What earlier keys were prepared in is written to, from key `first` on, where it has the room.
     """
     sides = ops.lowered(pair, key, key)
-    problem, kept = _problem(sides)
+    problem = _problem(sides)
     problem.keys = max(room, key.shape[2])
     size = _library().regard_prepared_count(ctypes.byref(problem))
     problem.keys = key.shape[2]
@@ -242,19 +275,18 @@ def _gradients(
     return tuple(summed(name, x) for name, x in inputs.items())
 
 
-def _problem(sides: ops.Sides, rest: ops.Rest | None = None) -> tuple[_Problem, list[Tensor]]:
-    """The struct, and what it points into that no one else keeps."""
+def _problem(sides: ops.Sides, rest: ops.Rest | None = None) -> _Problem:
     query, key, v = sides.query, sides.key, sides.v
-    problem, kept = _Problem(), []
+    problem = _Problem()
     problem.pair, problem.negative_slope = PAIRS[sides.activation], sides.negative_slope
     problem.outer, problem.inner, problem.queries, problem.hidden = query.shape
     problem.keys, problem.group = key.shape[2], max(1, query.shape[1] // max(1, key.shape[1]))
     problem.query, problem.key = _tensor(query), _tensor(key)
     if v is not None:
-        kept.append(v.contiguous())
-        problem.v, problem.v_heads = kept[-1].data_ptr(), v.shape[0]
+        problem.kept = v.contiguous()  # an attribute of the object, which lives as long as it is pointed into
+        problem.v, problem.v_heads = problem.kept.data_ptr(), v.shape[0]
     if rest is None:
-        return problem, kept
+        return problem
     problem.value, problem.width = _tensor(rest.value), rest.value.shape[-1]
     problem.intervals = len(rest.offsets) // 2
     for n, (bound, offset, diagonal) in enumerate(zip(rest.bounds, rest.offsets, rest.diagonals, strict=True)):
@@ -268,7 +300,7 @@ def _problem(sides: ops.Sides, rest: ops.Rest | None = None) -> tuple[_Problem, 
         problem.seed, problem.first_row = rest.seed.data_ptr(), rest.first_row
         problem.dropped_below = ceil(rest.dropout_p * 2**32)
         problem.kept_factor = 1 / (1 - rest.dropout_p) if rest.dropout_p < 1 else 0.0
-    return problem, kept
+    return problem
 
 
 def _tensor(x: Tensor) -> _Tensor:

@@ -17,6 +17,7 @@ from regard.intervals import Bound, Diagonal, Interval, Intervals
 from regard.normalizers import Softmax
 from regard.problem import Problem, batch_heads
 from regard.reference import AdditivePair, L1Pair, Pair
+from regard.transforms import transforming
 
 LIBRARY = torch.library.Library("regard", "DEF")
 _SIDES = "Tensor query, Tensor key, Tensor? v, str activation, float negative_slope"
@@ -124,7 +125,9 @@ def arguments(problem: Problem) -> tuple[Sides, Rest]:
 def attend(problem: Problem, prepared: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (*leading, Lq, Dv) and log-sum-exp (*leading, Lq) of a problem, by the operator."""
     sides, rest = arguments(problem)
-    out, lse = torch.ops.regard.attend(*sides, *rest, prepared)
+    out, lse = torch.ops.regard.attend.default(*sides, *rest, prepared)
+    if len(problem.leading) == 1:
+        return out.squeeze(1), lse.squeeze(1)
     return out.reshape(*problem.leading, *out.shape[-2:]), lse.reshape(*problem.leading, lse.shape[-1])
 
 
@@ -135,6 +138,24 @@ def scores(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
         leading = torch.broadcast_shapes(leading, pair.v.shape[:-3])
     s = torch.ops.regard.scores(*lowered(pair, batch_heads(a, leading), batch_heads(b, leading)))
     return s.reshape(*leading, *s.shape[-2:])
+
+
+class FusedAdditivePair(AdditivePair):
+    """The additive pair by the operator, which makes nothing of size Lq × Lk × D."""
+
+    fused = True
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return super().__call__(a, b) if transforming() else scores(self, a, b)
+
+
+class FusedL1Pair(L1Pair):
+    """The L1 pair by the operator."""
+
+    fused = True
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return super().__call__(a, b) if transforming() else scores(self, a, b)
 
 
 # --- Shapes.
@@ -186,9 +207,10 @@ def gradient_of(x: Tensor, wanted: bool) -> Tensor:
 
 
 class _Saving(torch.autograd.Function):
-    """An operator whose inputs and outputs are kept for its derivative."""
+    """An operator whose inputs are kept for its derivative, and its results if that wants them."""
 
     operator: Any
+    wants_results = False
 
     @classmethod
     def call(cls, *given: Any) -> Any:
@@ -203,12 +225,12 @@ class _Saving(torch.autograd.Function):
             results = cls.operator(*given)
         ctx.plain = [None if isinstance(x, Tensor) else x for x in given]
         tensors = [x if isinstance(x, Tensor) else None for x in given]
-        ctx.save_for_backward(*tensors, *(results if isinstance(results, tuple) else (results,)))
+        ctx.save_for_backward(*tensors, *(results if cls.wants_results else ()))
         return results
 
     @staticmethod
     def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-        """What the operator was given, and what it gave."""
+        """What the operator was given, and its results."""
         saved, count = ctx.saved_tensors, len(ctx.plain)
         given = [plain if tensor is None else tensor for plain, tensor in zip(ctx.plain, saved, strict=False)]
         return given, saved[count:]
@@ -216,6 +238,7 @@ class _Saving(torch.autograd.Function):
 
 class _Attend(_Saving):
     operator = torch.ops.regard.attend.default
+    wants_results = True
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,11 +246,9 @@ class _Attend(_Saving):
         sides, rest = split(given)
         needed = dict(zip((*Sides._fields, *Rest._fields), ctx.needs_input_grad, strict=False))
         by_sides = needed["query"] or needed["key"] or needed["v"]
-        query, key, v, value = torch.ops.regard.attend_backward(
-            *sides, *rest, *results, *grads, by_sides, needed["value"]
-        )
+        query, key, v, value = _AttendBackward.call(*sides, *rest, *results, *grads, by_sides, needed["value"])
         found = {"query": query, "key": key, "v": v, "value": value}
-        return tuple(found.get(name) if need else None for name, need in needed.items()) + (None,)
+        return *(found.get(name) if need else None for name, need in needed.items()), None
 
 
 class _AttendBackward(_Saving):
@@ -260,7 +281,7 @@ class _Scores(_Saving):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         given, _ = _Scores.saved(ctx)
-        found = torch.ops.regard.scores_backward(*given, *grads)
+        found = _ScoresBackward.call(*given, *grads)
         return *(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False)), None, None
 
 
@@ -313,9 +334,9 @@ def _of_gradients(
 def _one_by_one(operator: Any) -> Callable[..., Any]:
     """vmap of an operator, as a loop."""
 
-    def rule(info: Any, in_dims: Sequence[int | None], *given: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> tuple[Any, Any]:
         results = [
-            operator(*(x if dim is None else x.select(dim, n) for x, dim in zip(given, in_dims, strict=True)))
+            operator(*(x.select(dim, n) if type(dim) is int else x for x, dim in zip(given, in_dims, strict=True)))
             for n in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):

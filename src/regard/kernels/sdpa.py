@@ -50,8 +50,7 @@ def _fused(problem: Problem) -> Tensor:
     pair = problem.pair
     assert isinstance(pair, DotPair)
     query, key, value = (
-        _laid(per_query_head(x, problem.query), problem.leading)
-        for x in (problem.query, problem.key, problem.value)
+        _laid(per_query_head(x, problem.query), problem.leading) for x in (problem.query, problem.key, problem.value)
     )
     causal = _causal(problem)
     allowed = None if causal else problem.allowed()

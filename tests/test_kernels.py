@@ -1,0 +1,518 @@
+"""The C++ kernels: every instruction set, every range, every derivative, on any thread and after a fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from oracle import CASES, EPS, Case, check, inputs, mask_of
+from torch import Tensor
+
+import regard
+from regard import functional, kernels
+from regard.kernels import cpu, ops
+from regard.problem import Problem
+from regard.reference import AdditivePair, L1Pair, Pair
+
+pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="regard was installed without its C++ library")
+LEVELS = cpu.LEVELS if cpu.LIBRARY is not None else ()
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this processor has."""
+    if cpu.level(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    cpu.level(LEVELS[-1])
+
+
+def taken(case: Case) -> bool:
+    given = inputs(case)
+    mask = mask_of(case.mask, case.queries, case.keys)
+    return "cpu" not in regard.explain(given.query, given.key, given.value, given.score, mask).refused
+
+
+# --- Right, at every instruction set.
+
+SIZES = (  # rows and keys about the sizes of tiles, panels and registers
+    *(Case(score, mask, queries, keys) for score in ("additive", "laplace") for mask in ("none", "causal")
+      for queries, keys in ((33, 31), (31, 33), (65, 257), (3, 513))),
+    *(Case(score, "sink | window", 40, 300) for score in ("additive_sigmoid", "gatv2", "laplace")),
+    *(Case("additive", "keep", 33, 289) for _ in range(1)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*filter(taken, CASES), *SIZES], ids=str)
+def test_every_level_is_right(case: Case, level: str) -> None:
+    before = cpu.paths()
+    check(case, "cpu")
+    if case.score.startswith("additive") and case.score != "additive_relu" and case.queries and case.keys:
+        assert cpu.paths() > before
+
+
+def test_levels_are_told_apart() -> None:
+    best = cpu.level()
+    assert cpu.level("baseline") == "baseline"
+    assert cpu.level(best) == best
+
+
+def test_a_fault_in_a_tile_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_tile_dropped(problem: Problem) -> tuple[Tensor, Tensor]:
+        keep = (torch.arange(problem.keys) < 256).expand(problem.queries, -1)
+        return cpu.run(problem._replace(keep=keep))
+
+    monkeypatch.setitem(kernels.TABLE, "cpu", kernels.TABLE["cpu"]._replace(run=last_tile_dropped))
+    with pytest.raises(AssertionError):
+        check(Case(mask="none", keys=257), "cpu")
+
+
+# --- Exact for any finite input.
+
+
+def exact_scores(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
+    double = pair._replace(v=pair.v.double()) if isinstance(pair, AdditivePair) else pair
+    return double(a.double(), b.double())
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(
+    ("size", "offset", "path"),
+    [
+        (0.5, 0.0, "fast"),
+        (0.5, 100.0, "fast"),  # one side's offset, taken away by the other's
+        (0.5, 1e4, "fast"),
+        (6.0, 0.0, "capped"),
+        (6.0, 100.0, "capped"),
+        (50.0, 0.0, "direct"),
+        (1e4, 0.0, "direct"),
+        (1e4, 1e4, "direct"),
+    ],
+)
+def test_every_range_within_the_budget(activation: str, size: float, offset: float, path: str, level: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(1, 1, 35, 40, generator=generator) * size + offset
+    b = torch.randn(1, 1, 300, 40, generator=generator) * size - offset
+    pair = AdditivePair(torch.randn(1, 40, generator=generator), activation)
+    before = cpu.paths()
+    found = ops.scores(pair, a, b)
+    ran = dict(
+        zip(
+            ("fast", "capped", "direct"), (now > was for now, was in zip(cpu.paths(), before, strict=True)), strict=True
+        )
+    )
+    assert ran[path]
+    exact = exact_scores(pair, a, b)
+    error = (found - exact).abs().max()
+    assert float(error) <= 4 * EPS * (1 + float(pair.v.abs().sum()))
+
+
+@pytest.mark.parametrize("v", [torch.ones(64), torch.linspace(-1e-30, 1, 64), torch.tensor([0.0, 1e10] * 32)])
+def test_any_v(v: Tensor, level: str) -> None:
+    a, b, pair = torch.randn(1, 1, 9, 64), torch.randn(1, 1, 70, 64), AdditivePair(v[None])
+    error = (ops.scores(pair, a, b) - exact_scores(pair, a, b)).abs().max()
+    assert float(error) <= 4 * EPS * (1 + float(v.abs().sum()))
+
+
+def test_error_is_that_of_plain_float32(level: str) -> None:
+    """Root mean square, pooled over many draws: at most 3 × that of tanh(a + b) @ v."""
+    generator = torch.Generator().manual_seed(1)
+    ours, naive = [], []
+    for hidden in (16, 128, 256):
+        for spread in (0.3, 1.0, 3.0):
+            a, b = (torch.randn(1, 1, n, hidden, generator=generator) * spread for n in (40, 70))
+            pair = AdditivePair(torch.randn(1, hidden, generator=generator) / hidden**0.5)
+            exact = exact_scores(pair, a, b)
+            ours.append((ops.scores(pair, a, b) - exact).square().mean())
+            naive.append((pair(a, b) - exact).square().mean())
+    assert float(torch.stack(ours).mean().sqrt()) <= 3 * float(torch.stack(naive).mean().sqrt())
+
+
+def test_an_outlier_slows_its_own_units_only(level: str) -> None:
+    a, b = torch.randn(1, 1, 32, 64), torch.randn(1, 1, 256, 64)
+    b[..., 3, 5] = 1e6
+    before = cpu.paths()
+    ops.scores(AdditivePair(torch.randn(1, 64)), a, b)
+    fast, capped, direct = (now - was for now, was in zip(cpu.paths(), before, strict=True))
+    assert (fast, capped, direct) == (12, 0, 4)  # of 16 groups, the 4 of one block
+
+
+def test_what_is_not_finite_is_its_own_rows(level: str) -> None:
+    a, b, value = torch.randn(1, 1, 6, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 3)
+    a[..., 2, :] = torch.nan
+    score = regard.Additive(8, 8, 16)
+    out = regard.attend(a, b, value, score, impl="cpu")
+    assert out[..., 2, :].isnan().all()
+    assert out[..., [0, 1, 3, 4, 5], :].isfinite().all()
+
+
+# --- Derivatives and transforms.
+
+MASK = regard.Lengths(torch.tensor([9, 4])) & regard.Causal()
+
+
+def problem(pair: Pair, dropout_p: float = 0.0, dtype: torch.dtype = torch.float32, heads: int = 3) -> Problem:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, n, 5, dtype=dtype) for n in (7, 9, 9))
+    given = functional.lower(
+        query, key, value, regard.FunctionScore(pair), MASK, None, regard.Softmax(), dropout_p, False
+    )
+    leaves = [x.detach().requires_grad_() for x in (given.query, given.key, given.value)]
+    return given._replace(query=leaves[0], key=leaves[1], value=leaves[2], pair=pair)
+
+
+def pairs() -> dict[str, Pair]:
+    torch.manual_seed(1)
+    v, heads = torch.randn(1, 5), torch.randn(3, 1, 1, 5)
+    return {
+        "tanh": AdditivePair(v.requires_grad_()),
+        "heads": AdditivePair(heads.requires_grad_()),
+        "sigmoid": AdditivePair(v, "sigmoid"),
+        "relu": AdditivePair(v, "relu"),
+        "leaky_relu": AdditivePair(v, "leaky_relu", 0.3),
+        "steep": AdditivePair(v, "leaky_relu", 1.5),
+        "l1": L1Pair(),
+    }
+
+
+by_pair = pytest.mark.parametrize("pair", pairs())
+
+
+@by_pair
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+def test_gradients_of_out_and_log_sum_exp(pair: str, dropout_p: float, level: str) -> None:
+    given = problem(pairs()[pair], dropout_p)
+    exact = given.replaced([x.detach().double().requires_grad_() for x in given.differentiable()])
+    out, lse = cpu.run(given)
+    cotangent, weight = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse == -torch.inf, 0)
+    found = torch.autograd.grad(
+        (out * cotangent).sum() + (lse.nan_to_num(neginf=0) * weight).sum(), given.differentiable()
+    )
+    true_out, true_lse = exact.attend(), exact.log_sum_exp().squeeze(-1)
+    true = torch.autograd.grad(
+        (true_out * cotangent).sum() + (true_lse.nan_to_num(neginf=0) * weight).sum(), exact.differentiable()
+    )
+    torch.testing.assert_close(out.double(), true_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), true_lse, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found, true, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-4)
+
+
+@by_pair
+def test_second_and_third_derivatives(pair: str) -> None:
+    given = problem(pairs()[pair])
+    exact = given.replaced([x.detach().double().requires_grad_() for x in given.differentiable()])
+
+    def third(out: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        energy, results = out.square().sum(), []
+        for _ in range(3):
+            grads = torch.autograd.grad(energy, leaves, create_graph=True, materialize_grads=True)
+            results += grads
+            energy = torch.stack([grad.square().sum() for grad in grads]).sum()
+        return results
+
+    ours, theirs = third(cpu.run(given)[0], given.differentiable()), third(exact.attend(), exact.differentiable())
+    for found, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.double(), true, atol=1e-3 * float(true.detach().abs().max()) + 1e-6, rtol=0)
+
+
+@by_pair
+def test_operators_are_registered_rightly(pair: str) -> None:
+    given = problem(pairs()[pair], dropout_p=0.2)
+    sides, rest = ops.arguments(given)
+    query, key = (x.detach().requires_grad_() for x in sides[:2])
+    v = None if sides.v is None else sides.v.detach().requires_grad_()
+    sides = sides._replace(query=query, key=key, v=v)
+    rest = rest._replace(value=rest.value.detach().requires_grad_())
+    torch.library.opcheck(torch.ops.regard.attend.default, (*sides, *rest, None))
+    torch.library.opcheck(torch.ops.regard.scores.default, tuple(sides))
+    out, lse = (x.detach() for x in torch.ops.regard.attend(*sides, *rest, None))
+    torch.library.opcheck(
+        torch.ops.regard.attend_backward.default,
+        (*sides, *rest, out, lse, torch.randn_like(out), torch.zeros_like(lse), True, True),
+    )
+    grad = torch.randn(2, 3, 7, 9)
+    torch.library.opcheck(torch.ops.regard.scores_backward.default, (*sides, grad))
+
+
+def test_what_needs_no_gradient_costs_none() -> None:
+    sides, rest = ops.arguments(problem(AdditivePair(torch.randn(1, 5))))
+    out, lse = torch.ops.regard.attend(*sides, *rest, None)
+    arguments = (*sides, *rest, out.detach(), lse.detach(), torch.randn_like(out), torch.zeros_like(lse))
+    query, key, v, value = torch.ops.regard.attend_backward(*arguments, False, True)
+    assert [x.numel() for x in (query, key, v)] == [0, 0, 0]
+    assert value.shape == rest.value.shape
+    frozen = torch.ops.regard.attend_backward(*arguments, True, False)
+    assert frozen[3].numel() == 0
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("mask", [None, MASK, regard.Window(2, 0) | regard.Lengths(1)], ids=["none", "and", "two"])
+def test_compiled_whole_it_is_the_operator(mask: regard.Mask | None, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        ran.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    score = regard.Additive(5, 5, 6, heads=2)
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        return regard.attend(query, key, key, score, mask, dropout_p=0.0)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
+    for length in (9, 11):
+        query, key = torch.randn(2, length, 5, requires_grad=True), torch.randn(2, length, 5)
+        plain = run(query, key)
+        torch.testing.assert_close(compiled(query, key), plain)
+    assert any("regard.attend" in target for target in ran)
+    torch._dynamo.reset()
+    query = torch.randn(2, 9, 5, requires_grad=True)
+    again = torch.compile(run, fullgraph=True, dynamic=dynamic)(query, query)
+    found = torch.autograd.grad(again.square().sum(), (query, *score.parameters()))
+    true = torch.autograd.grad(run(query, query).square().sum(), (query, *score.parameters()))
+    for ours, theirs in zip(found, true, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_vmap_of_the_operator() -> None:
+    given = problem(AdditivePair(torch.randn(1, 5)))
+    sides, rest = ops.arguments(given)
+    queries = torch.randn(4, *sides.query.shape)
+    out, lse = torch.vmap(lambda query: torch.ops.regard.attend(query, *sides[1:], *rest, None))(queries)
+    for n in range(4):
+        one_out, one_lse = torch.ops.regard.attend(queries[n], *sides[1:], *rest, None)
+        assert out[n].equal(one_out)
+        assert lse[n].equal(one_lse)
+
+
+def test_transforms_are_the_references() -> None:
+    x, score = torch.randn(2, 40, 8), regard.Additive(8, 8, 32)
+    assert regard.explain(x, x, x, score).implementation == "cpu"
+    leaf = x.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(regard.attend(leaf, x, x, score).square().sum(), leaf)
+    found = torch.func.grad(lambda q: regard.attend(q, x, x, score).square().sum())(x)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"torch\.func transforms"):
+        torch.func.grad(lambda q: regard.attend(q, x, x, score, impl="cpu").sum())(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    x, score = torch.randn(2, 40, 8, requires_grad=True), regard.Additive(8, 8, 32)
+    with torch.autocast("cpu", dtype):
+        out = regard.attend(x, x, x, score, impl="cpu")
+        assert out.dtype == dtype
+        true = regard.attend(x, x, x, score, impl="reference")
+        torch.testing.assert_close(out, true, atol=2 * torch.finfo(dtype).eps * float(true.abs().max()), rtol=0)
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+# --- Half precision, strides, sharing: what is read and written is what was meant.
+
+
+@by_pair
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(pair: str, dtype: torch.dtype, level: str) -> None:
+    given = problem(pairs()[pair], dtype=dtype)
+    exact = given.replaced([x.detach().double().requires_grad_() for x in given.differentiable()])
+    out, lse = cpu.run(given)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    found = torch.autograd.grad(out.float().square().sum(), given.differentiable())
+    true_out = exact.attend()
+    true = torch.autograd.grad(true_out.square().sum(), exact.differentiable())
+    torch.testing.assert_close(lse.double(), exact.log_sum_exp().squeeze(-1), atol=1e-5, rtol=1e-5)
+    for ours, theirs, like in zip((out, *found), (true_out, *true), (out, *given.differentiable()), strict=True):
+        assert ours.dtype == like.dtype
+        assert float((ours - theirs).detach().abs().max()) <= 4 * torch.finfo(dtype).eps * float(
+            theirs.detach().abs().max()
+        )
+
+
+@pytest.mark.parametrize("special", [0.0, 2**-24, 2**-14 - 2**-24, 65504.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_goes_through_unchanged(dtype: torch.dtype, special: float, level: str) -> None:
+    value = torch.tensor([[[special, -special, 1.0]]]).to(dtype)
+    out = regard.attend(
+        torch.zeros(1, 2, 4, dtype=dtype), torch.zeros(1, 1, 4, dtype=dtype), value, regard.Laplace(), impl="cpu"
+    )
+    torch.testing.assert_close(out, value.expand(1, 2, 3), equal_nan=True, atol=0, rtol=0)
+
+
+def test_all_16_bit_patterns(level: str) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        value = bits.view(dtype)[None, :, None].reshape(64, 1, 1024)
+        query = torch.zeros(64, 1, 4, dtype=dtype)
+        out = regard.attend(query, query, value, regard.Laplace(), impl="cpu")
+        same = (out == value) | (out.isnan() & value.isnan())
+        assert same.all()
+
+
+def test_float32_rounds_to_the_nearest_half(level: str) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(1, 2, 4096) * torch.logspace(-9, 6, 4096)
+    for dtype in (torch.float16, torch.bfloat16):
+        halves, query = value.to(dtype), torch.zeros(1, 1, 4, dtype=dtype)
+        out = regard.attend(query, query.expand(1, 2, 4), halves, regard.Laplace(), impl="cpu")
+        mean = (halves[:, 0].float() * 0.5 + halves[:, 1].float() * 0.5).to(dtype)
+        torch.testing.assert_close(out[:, 0], mean, equal_nan=True, atol=0, rtol=0)
+
+
+def test_shared_keys_are_laid_out_once_and_summed() -> None:
+    score = regard.Additive(6, 6, 8, heads=4)
+    query, key = torch.randn(3, 10, 6), torch.randn(1, 12, 6)
+    leaves = (key.requires_grad_(), *score.parameters())
+    results = []
+    for impl in ("cpu", "reference"):
+        out = regard.attend(query, key, key, score, impl=impl)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# --- Dropout.
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 7])
+def test_dropout_is_the_contracts(seed: int, level: str) -> None:
+    given = problem(AdditivePair(torch.randn(1, 5)), dropout_p=0.4)
+    assert given.dropout is not None
+    given = given._replace(dropout=given.dropout._replace(seed=torch.tensor(seed), first_row=3))
+    torch.testing.assert_close(cpu.run(given)[0], given.attend())
+
+
+# --- Threads and forks.
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    x, score = torch.randn(2, 64, 16), regard.Additive(16, 16, 32)
+    with torch.no_grad():
+        true = regard.attend(x, x, x, score, impl="cpu")
+        wrong: list[Tensor] = []
+
+        def work() -> None:
+            with torch.no_grad():
+                for _ in range(20):
+                    out = regard.attend(x, x, x, score, impl="cpu")
+                    if not out.equal(true):
+                        wrong.append(out)
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("mask", [None, regard.Causal()], ids=["none", "causal"])
+def test_every_number_of_threads_gives_the_same(mask: regard.Mask | None) -> None:
+    score, before, results = regard.Additive(16, 16, 32), torch.get_num_threads(), []
+    x = torch.randn(1, 300, 16, requires_grad=True)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = regard.attend(x, x, x, score, mask, impl="cpu")
+            results.append((out, *torch.autograd.grad(out.square().sum(), (x, *score.parameters()))))
+    finally:
+        torch.set_num_threads(before)
+    for several in results[1:]:
+        assert several[0].equal(results[0][0])
+        for ours, theirs in zip(several, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gil_is_free_while_a_kernel_runs() -> None:
+    x, score, counted = torch.randn(1, 1500, 64), regard.Additive(64, 64, 256), 0
+    done = threading.Event()
+
+    def run() -> None:
+        with torch.no_grad():
+            regard.attend(x, x, x, score, impl="cpu")
+        done.set()
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    while not done.is_set():
+        counted += 1
+    worker.join()
+    assert counted > 1000  # a GIL that is held lets a few through
+
+
+def in_child(queue: multiprocessing.SimpleQueue[bool], x: Tensor, score: regard.Score, true: Tensor) -> None:
+    with torch.no_grad():
+        queue.put(regard.attend(x, x, x, score, impl="cpu").allclose(true))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_it_runs_after_a_fork() -> None:
+    x, score, before = torch.randn(4, 64, 16), regard.Additive(16, 16, 32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            true = regard.attend(x, x, x, score, impl="cpu")  # starts the parent's threads
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        torch.set_num_threads(1)  # or torch's own projections hang in the child
+        child = context.Process(target=in_child, args=(queue, x, score, true))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert queue.get()
+    finally:
+        torch.set_num_threads(before)
+
+
+class Attending(torch.utils.data.Dataset[Tensor]):
+    def __init__(self) -> None:
+        self.x, self.score = torch.randn(8, 64, 16), regard.Additive(16, 16, 32)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, n: int) -> Tensor:
+        x = self.x[n]
+        return regard.attend(x, x, x, self.score, impl="cpu").detach()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_of_a_data_loader() -> None:
+    data = Attending()
+    true = torch.stack([data[n] for n in range(8)])
+    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2)
+    torch.testing.assert_close(torch.cat(list(loader)), true)
+
+
+# --- Without the library.
+
+WITHOUT = """
+import regard.kernels.cpu as cpu
+cpu.LIBRARY = None
+import torch, regard
+x, score = torch.randn(2, 64, 16), regard.Additive(16, 16, 64)
+said = regard.explain(x, x, x, score)
+assert said.implementation == "chunked", said
+assert "not installed" in said.refused["cpu"]
+seen = regard.attention(x, x, x, score)
+print(seen.out.shape, seen.weights().shape)
+try:
+    regard.attend(x, x, x, score, impl="cpu")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_all_else_works_without_it() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+    assert "torch.Size([2, 64, 16]) torch.Size([2, 64, 64])" in run.stdout
+    assert "its C++ library is not installed" in run.stdout
