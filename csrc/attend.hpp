@@ -130,10 +130,12 @@ bool prepare(const regard_problem& p, const Place& at, int64_t first, float* pre
     const Sizes sizes(p);
     const int n = sizes.padded();
     const KeysOf<float> laid(prepared, sizes);
-    Arena scratch(sizeof(float) * static_cast<size_t>(n) * (PANEL + 4) + 5 * 64);
+    float *row, *moved, *low, *high, *kept;
+    Arena scratch([&](Arena& arena) {
+        row = arena.take<float>(n), moved = arena.take<float>(n), low = arena.take<float>(n), high = arena.take<float>(n);
+        kept = arena.take<float>(static_cast<int64_t>(n) * PANEL);
+    });
     if (!scratch) return false;
-    float *row = scratch.take<float>(n), *moved = scratch.take<float>(n), *low = scratch.take<float>(n), *high = scratch.take<float>(n);
-    float* kept = scratch.take<float>(static_cast<int64_t>(n) * PANEL);
 
     if (Pair::exponential_sides) {
         bool again;

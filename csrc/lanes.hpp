@@ -134,7 +134,7 @@ inline Lanes exponential(Lanes x, Lanes rest) {
     const Lanes lowest = splat(-87.3365f), highest = splat(88.7228f);
     Lanes clamped = min(highest, max(lowest, x));
     Lanes k = round(clamped * splat(LOG2_E));
-    k = min(splat(127.0f), k);
+    k = min(k, splat(127.0f));  // and a number, where x is none
     Lanes f = fnma(k, splat(0.693145752f), clamped);
     f = fnma(k, splat(1.42860677e-6f), f) + rest;
     Lanes p = splat(1.97902453e-4f);  // (e^f - 1 - f) / f^2 for |f| < 0.347, within 2^-34 of e^f

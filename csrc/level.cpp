@@ -44,9 +44,9 @@ template <class Pair, class Run>
 int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
     const Layout layout(p);
     const int64_t prepared_size = p.prepared ? 0 : layout.outer * layout.groups * layout.each;
-    Arena arena(sizeof(float) * static_cast<size_t>(prepared_size));
+    float* prepared;
+    Arena arena([&](Arena& its) { prepared = its.take<float>(prepared_size); });
     if (!arena) return REGARD_NO_MEMORY;
-    float* prepared = arena.take<float>(prepared_size);
     if (!p.prepared)
         if (int failed = prepare_all<Pair>(p, threads, 0, prepared, nullptr)) return failed;
     const Sizes sizes(p);
@@ -54,14 +54,11 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
     std::atomic<bool> fine{true};
     auto some = [&](regard_queue& queue) {
         Scratch scratch{};
-        Arena sizes_only;
-        lay_out(sizes_only, p, false, scratch);
-        Arena memory(sizes_only.used());
+        Arena memory([&](Arena& its) { lay_out(its, p, false, scratch); });
         if (!memory) {
             fine = false;
             return;
         }
-        lay_out(memory, p, false, scratch);
         int64_t folded = -1;
         for (int64_t n; queue.take(n);) {
             const int64_t map = n / blocks;
@@ -93,12 +90,14 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
     const int64_t distinct = layout.outer * layout.groups;
     // One unit needs its sums only until they are written; several keep them until all are done.
     const int64_t waiting = splits == 1 ? 0 : maps * splits;
-    Arena arena(sizeof(float) * static_cast<size_t>(distinct * (layout.each + keys_size) + waiting * (keys_size + values_size + 64)) +
-                sizeof(double) * static_cast<size_t>(waiting * (n + 1)) + 1024);
+    float *prepared, *blocked, *all_keys, *all_values;
+    double* all_v;
+    Arena arena([&](Arena& its) {
+        prepared = its.take<float>(distinct * layout.each), blocked = its.take<float>(distinct * keys_size);
+        all_keys = its.take<float>(waiting * keys_size), all_values = its.take<float>(waiting * values_size);
+        all_v = its.take<double>(waiting * (n + 1));
+    });
     if (!arena) return REGARD_NO_MEMORY;
-    float *prepared = arena.take<float>(distinct * layout.each), *blocked = arena.take<float>(distinct * keys_size);
-    float *all_keys = arena.take<float>(waiting * keys_size), *all_values = arena.take<float>(waiting * values_size);
-    double* all_v = arena.take<double>(waiting * (n + 1));
     if (int failed = prepare_all<Pair>(p, threads, 0, prepared, blocked)) return failed;
 
     auto write = [&](int64_t map, const float* v, const float* keys, const float* values, const double* grad_v) {
@@ -115,16 +114,18 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
     std::atomic<bool> fine{true};
     auto some = [&](regard_queue& queue) {
         Scratch scratch{};
-        Arena sizes_only;
-        lay_out(sizes_only, p, true, scratch);
-        Arena memory(sizes_only.used() + (waiting ? 0 : sizeof(float) * static_cast<size_t>(keys_size + values_size) + 256) + sizeof(double) * static_cast<size_t>(n + 1));
+        float *own_keys, *own_values;
+        double* own_v;
+        const int64_t own = waiting ? 0 : 1;
+        Arena memory([&](Arena& its) {
+            lay_out(its, p, true, scratch);
+            own_keys = its.take<float>(own * keys_size), own_values = its.take<float>(own * values_size);
+            own_v = its.take<double>(own * (n + 1));
+        });
         if (!memory) {
             fine = false;
             return;
         }
-        lay_out(memory, p, true, scratch);
-        float *own_keys = memory.take<float>(waiting ? 0 : keys_size), *own_values = memory.take<float>(waiting ? 0 : values_size);
-        double* own_v = memory.take<double>(waiting ? 0 : n + 1);
         for (int64_t unit; queue.take(unit);) {
             const int64_t map = unit / splits, split = unit % splits;
             const Place at(p, map);

@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdlib>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "lanes.hpp"
 #include "regard.h"
 
@@ -81,31 +85,48 @@ inline void write_row(const regard_tensor& x, int64_t o, int64_t h, int64_t row,
     }
 }
 
-// One allocation, aligned to cache lines, handed out in pieces. Sizes are asked first, with no memory behind it.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t GAP = 64;  // between pieces, so that the sanitizer sees who leaves his own
+#else
+constexpr size_t GAP = 0;
+#define ASAN_POISON_MEMORY_REGION(start, bytes) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(start, bytes) static_cast<void>(0)
+#endif
+
+// One allocation in pieces, each aligned to cache lines. `lay_out` takes them, twice: first to find how much they are.
+// False where there was no memory for them.
 class Arena {
 public:
-    Arena() = default;
-    explicit Arena(size_t bytes) : whole_(std::malloc(bytes + 64)) {
-        if (whole_) next_ = static_cast<char*>(whole_) + (64 - reinterpret_cast<uintptr_t>(whole_) % 64);
+    template <class LayOut>
+    explicit Arena(LayOut lay_out) {
+        lay_out(*this);
+        size_ = used_ + LINE;
+        whole_ = std::malloc(size_);
+        if (!whole_) return;
+        used_ = LINE - reinterpret_cast<uintptr_t>(whole_) % LINE;
+        lay_out(*this);
     }
-    ~Arena() { std::free(whole_); }
+    ~Arena() {
+        if (whole_) ASAN_UNPOISON_MEMORY_REGION(whole_, size_);
+        std::free(whole_);
+    }
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
-
-    template <class T> T* take(int64_t count) {
-        T* piece = reinterpret_cast<T*>(next_);
-        size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-        used_ += bytes;
-        if (next_) next_ += bytes;
-        return piece;
-    }
     explicit operator bool() const { return whole_ != nullptr; }
-    size_t used() const { return used_; }
+
+    template <class T>
+    T* take(int64_t count) {
+        const size_t bytes = static_cast<size_t>(count) * sizeof(T), whole = (bytes + LINE - 1) / LINE * LINE + GAP;
+        char* piece = whole_ ? static_cast<char*>(whole_) + used_ : nullptr;
+        if (piece) ASAN_POISON_MEMORY_REGION(piece + bytes, whole - bytes);
+        used_ += whole;
+        return reinterpret_cast<T*>(piece);
+    }
 
 private:
+    static constexpr size_t LINE = 64;
     void* whole_ = nullptr;
-    char* next_ = nullptr;
-    size_t used_ = 0;
+    size_t size_ = 0, used_ = 0;
 };
 
 // Philox4x32-10 (Salmon et al. 2011) of the counters (block, row, map, 0) for 8 blocks at a time: 32 words in order.
