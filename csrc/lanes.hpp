@@ -41,6 +41,22 @@ inline Lanes where_greater(Lanes a, Lanes b, Lanes yes, Lanes no) {
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.x); }
 inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.x); }
 
+// 32-bit words in lanes of 64 bits, whose upper halves mean nothing.
+struct Words {
+    static constexpr int width = 8;
+    __m512i x;
+};
+
+inline Words load(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(uint64_t* p, Words a) { _mm512_storeu_si512(p, a.x); }
+inline Words words(uint64_t a) { return {_mm512_set1_epi64(static_cast<long long>(a))}; }
+inline Words operator*(Words a, Words b) { return {_mm512_mul_epu32(a.x, b.x)}; }  // all 64 bits of the product
+inline Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.x, b.x)}; }
+inline Words upper(Words a) { return {_mm512_srli_epi64(a.x, 32)}; }
+inline Words side_by_side(Words low, Words high) {
+    return {_mm512_mask_blend_epi32(0xaaaa, low.x, _mm512_slli_epi64(high.x, 32))};
+}
+
 #elif defined(__AVX2__)
 
 struct Lanes {
@@ -79,6 +95,21 @@ inline float largest(Lanes a) {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+struct Words {
+    static constexpr int width = 4;
+    __m256i x;
+};
+
+inline Words load(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store(uint64_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.x); }
+inline Words words(uint64_t a) { return {_mm256_set1_epi64x(static_cast<long long>(a))}; }
+inline Words operator*(Words a, Words b) { return {_mm256_mul_epu32(a.x, b.x)}; }
+inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.x, b.x)}; }
+inline Words upper(Words a) { return {_mm256_srli_epi64(a.x, 32)}; }
+inline Words side_by_side(Words low, Words high) {
+    return {_mm256_blend_epi32(low.x, _mm256_slli_epi64(high.x, 32), 0xaa)};
+}
+
 #else  // whatever the compiler makes of loops over four floats: SSE, NEON
 
 struct Lanes {
@@ -86,13 +117,15 @@ struct Lanes {
     float x[4];
 };
 
-#define REGARD_EACH(expression)                            \
-    Lanes result;                                          \
-    for (int n = 0; n < 4; ++n) result.x[n] = expression;  \
+#define REGARD_EACH(expression)                           \
+    Lanes result;                                         \
+    for (int n = 0; n < 4; ++n) result.x[n] = expression; \
     return result
 
 inline Lanes load(const float* p) { REGARD_EACH(p[n]); }
-inline void store(float* p, Lanes a) { for (int n = 0; n < 4; ++n) p[n] = a.x[n]; }
+inline void store(float* p, Lanes a) {
+    for (int n = 0; n < 4; ++n) p[n] = a.x[n];
+}
 inline Lanes splat(float a) { REGARD_EACH(a); }
 inline Lanes operator+(Lanes a, Lanes b) { REGARD_EACH(a.x[n] + b.x[n]); }
 inline Lanes operator-(Lanes a, Lanes b) { REGARD_EACH(a.x[n] - b.x[n]); }
@@ -104,7 +137,7 @@ inline Lanes min(Lanes a, Lanes b) { REGARD_EACH(a.x[n] < b.x[n] ? a.x[n] : b.x[
 inline Lanes max(Lanes a, Lanes b) { REGARD_EACH(a.x[n] > b.x[n] ? a.x[n] : b.x[n]); }
 inline Lanes abs(Lanes a) { REGARD_EACH(a.x[n] < 0 ? -a.x[n] : a.x[n]); }
 inline Lanes round(Lanes a) { REGARD_EACH((a.x[n] + 12582912.0f) - 12582912.0f); }  // 1.5 · 2^23, for |a| < 2^22
-inline Lanes times_two_to(Lanes a, Lanes k) {  // for k in -126 .. 127
+inline Lanes times_two_to(Lanes a, Lanes k) {                                       // for k in -126 .. 127
     Lanes result;
     for (int n = 0; n < 4; ++n) {
         int32_t bits = (static_cast<int32_t>(k.x[n]) + 127) << 23;
@@ -121,6 +154,19 @@ inline float largest(Lanes a) {
     Lanes c = max(a, b);
     return c.x[0] > c.x[1] ? c.x[0] : c.x[1];
 }
+
+struct Words {
+    static constexpr int width = 1;
+    uint64_t x;
+};
+
+inline Words load(const uint64_t* p) { return {*p}; }
+inline void store(uint64_t* p, Words a) { *p = a.x; }
+inline Words words(uint64_t a) { return {a}; }
+inline Words operator*(Words a, Words b) { return {(a.x & 0xffffffff) * (b.x & 0xffffffff)}; }
+inline Words operator^(Words a, Words b) { return {a.x ^ b.x}; }
+inline Words upper(Words a) { return {a.x >> 32}; }
+inline Words side_by_side(Words low, Words high) { return {(low.x & 0xffffffff) | high.x << 32}; }
 
 #endif
 

@@ -17,12 +17,15 @@ struct Layout {
     int64_t outer, groups, each;  // how many differ along either leading dimension; floats of one
 
     explicit Layout(const regard_problem& p)
-        : outer(p.key.outer == 0 ? 1 : p.outer), groups(p.key.inner == 0 ? 1 : p.inner / p.group), each(Keys::count(Sizes(p))) {}
+        : outer(p.key.outer == 0 ? 1 : p.outer),
+          groups(p.key.inner == 0 ? 1 : p.inner / p.group),
+          each(Keys::count(Sizes(p))) {}
     int64_t index(const Place& at) const { return (outer == 1 ? 0 : at.outer) * groups + (groups == 1 ? 0 : at.group); }
 };
 
 template <class Pair>
-int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first, float* prepared, float* blocked) {
+int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first, float* prepared,
+                float* blocked) {
     const Layout layout(p);
     const int64_t outer = p.prepared ? p.prepared_outer : layout.groups * layout.each;
     const int64_t inner = p.prepared ? p.prepared_inner : layout.each;
@@ -84,9 +87,13 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
     const Layout layout(p);
     const Sizes sizes(p);
     const int64_t n = sizes.padded(), maps = p.outer * p.inner, blocks = (p.queries + ROWS - 1) / ROWS;
-    const int64_t keys_size = sizes.keys * n, values_size = p.grad_scores ? 0 : static_cast<int64_t>(sizes.keys) * sizes.width;
-    const int64_t most_splits = most<int64_t>(1, (int64_t{64} << 20) / most<int64_t>(1, maps * (keys_size + values_size) * 4));
-    const int64_t splits = most<int64_t>(1, least(least((threads.count() + maps - 1) / most<int64_t>(1, maps), blocks), most_splits));
+    const int64_t keys_size = sizes.keys * n,
+                  values_size = p.grad_scores ? 0 : static_cast<int64_t>(sizes.keys) * sizes.width;
+    const int64_t most_splits =
+        most<int64_t>(1, (int64_t{64} << 20) / most<int64_t>(1, maps * (keys_size + values_size) * 4));
+    const int64_t units = threads.count() == 1 ? 1 : 2 * threads.count();  // that are wanted
+    const int64_t splits =
+        most<int64_t>(1, least(least((units + maps - 1) / most<int64_t>(1, maps), blocks), most_splits));
     const int64_t distinct = layout.outer * layout.groups;
     // One unit needs its sums only until they are written; several keep them until all are done.
     const int64_t waiting = splits == 1 ? 0 : maps * splits;
@@ -106,7 +113,8 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
                 p.grad_key[(map * p.keys + j) * p.hidden + h] =
                     Pair::key_sign * Pair::slope_scale(v, h) * keys[(h / BLOCK * sizes.keys + j) * BLOCK + h % BLOCK];
         for (int64_t j = 0; p.grad_value && j < p.keys; ++j)
-            std::memcpy(p.grad_value + (map * p.keys + j) * p.width, values + j * sizes.width, sizeof(float) * static_cast<size_t>(p.width));
+            std::memcpy(p.grad_value + (map * p.keys + j) * p.width, values + j * sizes.width,
+                        sizeof(float) * static_cast<size_t>(p.width));
         if (p.grad_v)
             for (int64_t h = 0; h < p.hidden; ++h)
                 p.grad_v[map * p.hidden + h] = static_cast<float>(Pair::v_gradient(grad_v[h], grad_v[n]));
@@ -129,8 +137,9 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
         for (int64_t unit; queue.take(unit);) {
             const int64_t map = unit / splits, split = unit % splits;
             const Place at(p, map);
-            Sums sums{waiting ? all_keys + unit * keys_size : own_keys, waiting ? all_values + unit * values_size : own_values,
-                      waiting ? all_v + unit * (n + 1) : own_v, 0.0};
+            Sums sums{waiting ? all_keys + unit * keys_size : own_keys,
+                      waiting ? all_values + unit * values_size : own_values, waiting ? all_v + unit * (n + 1) : own_v,
+                      0.0};
             std::memset(sums.keys, 0, sizeof(float) * static_cast<size_t>(keys_size));
             if (values_size) std::memset(sums.values, 0, sizeof(float) * static_cast<size_t>(values_size));
             std::memset(sums.v, 0, sizeof(double) * static_cast<size_t>(n + 1));
@@ -140,7 +149,8 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             for (int64_t b = blocks * split / splits; b < blocks * (split + 1) / splits; ++b) {
                 scratch.rows.first = static_cast<int>(b * ROWS);
                 scratch.rows.count = static_cast<int>(least<int64_t>(ROWS, p.queries - b * ROWS));
-                backward_rows<Pair>(p, Keys(prepared + which * layout.each, sizes), blocked + which * keys_size, map, scratch, sums);
+                backward_rows<Pair>(p, Keys(prepared + which * layout.each, sizes), blocked + which * keys_size, map,
+                                    scratch, sums);
             }
             sums.v[n] = sums.g;
             if (!waiting) write(map, scratch.constants.v, sums.keys, sums.values, sums.v);
@@ -179,15 +189,18 @@ int with_pair(const regard_problem& p, Run run) {
 int64_t prepared_count(const regard_problem* p) { return Layout(*p).each; }
 
 int prepare_keys(const regard_problem* p, const regard_threads* threads, int64_t first) {
-    return with_pair(*p, [&](auto pair) { return prepare_all<decltype(pair)>(*p, *threads, first, p->prepared, nullptr); });
+    return with_pair(*p,
+                     [&](auto pair) { return prepare_all<decltype(pair)>(*p, *threads, first, p->prepared, nullptr); });
 }
 
 int forward(const regard_problem* p, const regard_threads* threads) {
-    return with_pair(*p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, forward_rows<decltype(pair)>); });
+    return with_pair(*p,
+                     [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, forward_rows<decltype(pair)>); });
 }
 
 int scores(const regard_problem* p, const regard_threads* threads) {
-    return with_pair(*p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, score_whole_rows<decltype(pair)>); });
+    return with_pair(
+        *p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, score_whole_rows<decltype(pair)>); });
 }
 
 int backward(const regard_problem* p, const regard_threads* threads) {

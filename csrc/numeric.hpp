@@ -14,8 +14,14 @@
 namespace {
 
 constexpr int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
-template <class T> constexpr T least(T a, T b) { return a < b ? a : b; }
-template <class T> constexpr T most(T a, T b) { return a > b ? a : b; }
+template <class T>
+constexpr T least(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+constexpr T most(T a, T b) {
+    return a > b ? a : b;
+}
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -60,8 +66,10 @@ inline void read_row(const regard_tensor& x, int64_t o, int64_t h, int64_t row, 
     int64_t at = o * x.outer + h * x.inner + row * x.row;
     if (x.dtype == REGARD_FLOAT32) {
         const float* from = static_cast<const float*>(x.data) + at;
-        if (x.column == 1) std::memcpy(to, from, sizeof(float) * static_cast<size_t>(columns));
-        else for (int n = 0; n < columns; ++n) to[n] = from[n * x.column];
+        if (x.column == 1)
+            std::memcpy(to, from, sizeof(float) * static_cast<size_t>(columns));
+        else
+            for (int n = 0; n < columns; ++n) to[n] = from[n * x.column];
     } else {
         const uint16_t* from = static_cast<const uint16_t*>(x.data) + at;
         if (x.dtype == REGARD_BFLOAT16) {
@@ -129,23 +137,29 @@ private:
     size_t size_ = 0, used_ = 0;
 };
 
-// Philox4x32-10 (Salmon et al. 2011) of the counters (block, row, map, 0) for 8 blocks at a time: 32 words in order.
-inline void philox(uint32_t first_block, uint32_t row, uint32_t map, uint64_t seed, uint32_t* words) {
-    constexpr int N = 8;
-    uint32_t c0[N], c1[N], c2[N], c3[N];
-    for (int n = 0; n < N; ++n) c0[n] = first_block + static_cast<uint32_t>(n), c1[n] = row, c2[n] = map, c3[n] = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        for (int n = 0; n < N; ++n) {
-            uint64_t first = static_cast<uint64_t>(c0[n]) * 0xD2511F53u, second = static_cast<uint64_t>(c2[n]) * 0xCD9E8D57u;
-            c0[n] = static_cast<uint32_t>(second >> 32) ^ c1[n] ^ k0;
-            c2[n] = static_cast<uint32_t>(first >> 32) ^ c3[n] ^ k1;
-            c1[n] = static_cast<uint32_t>(second);
-            c3[n] = static_cast<uint32_t>(first);
+// Philox4x32-10 (Salmon et al. 2011) of the counters (block, row, map, 0) for 8 blocks from first_block on: 32 words.
+inline void philox(uint64_t first_block, uint32_t row, uint32_t map, uint64_t seed, uint32_t* to) {
+    constexpr int BLOCKS = 8;
+    uint64_t blocks[BLOCKS], first_words[BLOCKS], last_words[BLOCKS];
+    for (int n = 0; n < BLOCKS; ++n) blocks[n] = first_block + static_cast<uint64_t>(n);
+    for (int n = 0; n < BLOCKS; n += Words::width) {
+        Words c0 = load(blocks + n), c1 = words(row), c2 = words(map), c3 = words(0);
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const Words first = c0 * words(0xD2511F53u), second = c2 * words(0xCD9E8D57u);
+            c0 = upper(second) ^ c1 ^ words(k0), c1 = second;
+            c2 = upper(first) ^ c3 ^ words(k1), c3 = first;
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        store(first_words + n, side_by_side(c0, c1));
+        store(last_words + n, side_by_side(c2, c3));
     }
-    for (int n = 0; n < N; ++n) words[4 * n] = c0[n], words[4 * n + 1] = c1[n], words[4 * n + 2] = c2[n], words[4 * n + 3] = c3[n];
+    uint64_t pairs[2 * BLOCKS];
+    for (int n = 0; n < BLOCKS; ++n) pairs[2 * n] = first_words[n], pairs[2 * n + 1] = last_words[n];
+    for (int n = 0; n < 2 * BLOCKS; ++n) {
+        to[2 * n] = static_cast<uint32_t>(pairs[n]);
+        to[2 * n + 1] = static_cast<uint32_t>(pairs[n] >> 32);
+    }
 }
 
 }  // namespace

@@ -12,11 +12,11 @@
 
 namespace {
 
-constexpr int PANEL = 32;      // keys side by side in memory
-constexpr int TILE = 256;      // keys whose scores are at hand at once
-constexpr int ROWS = 32;       // rows that share a tile
-constexpr int BLOCK = 16;      // hidden units side by side in memory, for gradients
-constexpr int GROUP = 4;       // hidden units that share a division
+constexpr int PANEL = 32;  // keys side by side in memory
+constexpr int TILE = 256;  // keys whose scores are at hand at once
+constexpr int ROWS = 32;   // rows that share a tile
+constexpr int BLOCK = 16;  // hidden units side by side in memory, for gradients
+constexpr int GROUP = 4;   // hidden units that share a division
 constexpr int J = W == 16 ? 2 : 1;
 
 // How far the range of a group allows to go: FAST as it is; CAPPED where a product could overflow; DIRECT where even
@@ -51,14 +51,14 @@ struct Rational {
     template <Path path>
     static Lanes denominator(Lanes row, Lanes key, Lanes inverse) {
         if constexpr (path == FAST) return fma(row, key, inverse);
-        Lanes d = path == CAPPED
-            ? fma(row, key, inverse)
-            : inverse + inverse * exponential(min(splat(22.0f), (row + key) * splat(kappa)));
+        Lanes d = path == CAPPED ? fma(row, key, inverse)
+                                 : inverse + inverse * exponential(min(splat(22.0f), (row + key) * splat(kappa)));
         return min(splat(cap), max(splat(-cap), d));
     }
 
     template <Path path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R][J], float) {
+    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R][J],
+                    float) {
         Lanes i0 = splat(inverses[0]), i1 = splat(inverses[1]), i2 = splat(inverses[2]), i3 = splat(inverses[3]);
         for (int j = 0; j < J; ++j) {
             const float* f = keys + j * W;
@@ -75,18 +75,20 @@ struct Rational {
     }
 
     // sum_v: Σ v over the hidden units that were summed; scale: the power of two that v was divided by.
-    static Lanes finish(Lanes sum, float sum_v, float scale) {
-        return fnma(splat(kappa * scale), sum, splat(sum_v));
-    }
+    static Lanes finish(Lanes sum, float sum_v, float scale) { return fnma(splat(kappa * scale), sum, splat(sum_v)); }
 
     // With w = E F and r = 1 / (1 + w): activation' = κ² w r², which is exact where it fades; and dv wants Σ G r.
     template <Path path>
-    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4], Lanes& v_sum) {
+    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4],
+                       Lanes& v_sum) {
         Lanes w[4], d[4];
         for (int c = 0; c < 4; ++c) {
-            if constexpr (path == DIRECT) w[c] = exponential(min(splat(21.0f), (row + key[c]) * splat(kappa)));
-            else if constexpr (path == CAPPED) w[c] = min(splat(cap / 2), row * key[c]);
-            else w[c] = row * key[c];
+            if constexpr (path == DIRECT)
+                w[c] = exponential(min(splat(21.0f), (row + key[c]) * splat(kappa)));
+            else if constexpr (path == CAPPED)
+                w[c] = min(splat(cap / 2), row * key[c]);
+            else
+                w[c] = row * key[c];
             d[c] = w[c] + splat(1.0f);
         }
         Lanes q01 = splat(1.0f) / (d[0] * d[1]), q23 = splat(1.0f) / (d[2] * d[3]);
@@ -115,7 +117,8 @@ struct Plain {
 // Σ v leaky(a + b), leaky(x) = max(x, 0) + slope · min(x, 0); slope 0 is relu.
 struct Rectified : Plain {
     template <Path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R][J], float slope) {
+    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R][J],
+                    float slope) {
         for (int h = 0; h < GROUP; ++h) {
             for (int j = 0; j < J; ++j) {
                 Lanes b = load(keys + h * PANEL + j * W);
@@ -130,7 +133,8 @@ struct Rectified : Plain {
     static Lanes finish(Lanes sum, float, float scale) { return sum * splat(scale); }
 
     template <Path>
-    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float slope, Lanes& row_sum, Lanes (&key_sums)[4], Lanes& v_sum) {
+    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float slope, Lanes& row_sum,
+                       Lanes (&key_sums)[4], Lanes& v_sum) {
         for (int c = 0; c < 4; ++c) {
             Lanes x = row + key[c], here = splat(g[c]);
             Lanes each = where_greater(x, splat(0.0f), here, here * splat(slope));
@@ -158,7 +162,8 @@ struct Distance : Plain {
     static Lanes finish(Lanes sum, float, float) { return splat(0.0f) - sum; }
 
     template <Path>
-    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4], Lanes&) {
+    static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4],
+                       Lanes&) {
         const Lanes zero = splat(0.0f);
         for (int c = 0; c < 4; ++c) {
             Lanes x = row - key[c], here = splat(g[c]);

@@ -48,8 +48,7 @@ inline void product(const float* a, int64_t a_row, int64_t a_column, const float
     int n = 0;
     for (; n + N * W <= columns; n += N * W)
         product_rows<N>(a, a_row, a_column, b + n, b_row, c + n, c_row, rows, depth);
-    for (; n < columns; n += W)
-        product_rows<1>(a, a_row, a_column, b + n, b_row, c + n, c_row, rows, depth);
+    for (; n < columns; n += W) product_rows<1>(a, a_row, a_column, b + n, b_row, c + n, c_row, rows, depth);
 }
 
 }  // namespace

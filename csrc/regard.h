@@ -30,28 +30,28 @@ struct regard_bound {
 struct regard_problem {
     int64_t pair;
     float negative_slope;
-    int64_t outer, inner;     // leading dimensions: batch, heads
-    int64_t group;            // query heads that share one key-value head
-    int64_t queries, keys;    // rows of either
-    int64_t hidden, width;    // columns of query and key; of value
-    int64_t v_heads;          // v is (v_heads, hidden); head h has row h % v_heads
-    const float* v;           // null for l1
+    int64_t outer, inner;   // leading dimensions: batch, heads
+    int64_t group;          // query heads that share one key-value head
+    int64_t queries, keys;  // rows of either
+    int64_t hidden, width;  // columns of query and key; of value
+    int64_t v_heads;        // v is (v_heads, hidden); head h has row h % v_heads
+    const float* v;         // null for l1
     regard_tensor query, key, value, out;
-    float* lse;               // (outer, inner, queries)
-    float* prepared;          // keys laid out by regard_prepare, or null
+    float* lse;       // (outer, inner, queries)
+    float* prepared;  // keys laid out by regard_prepare, or null
     int64_t prepared_outer, prepared_inner;
-    int64_t intervals;        // 0 (every key), 1 or 2 a row
+    int64_t intervals;  // 0 (every key), 1 or 2 a row
     regard_bound low[2], high[2];
-    const uint8_t* keep;      // or null
+    const uint8_t* keep;  // or null
     int64_t keep_outer, keep_inner, keep_row, keep_column;
-    const int64_t* seed;      // of dropout, or null
-    int64_t first_row;        // where row 0 stands in the whole problem
-    uint64_t dropped_below;   // of 2^32
+    const int64_t* seed;     // of dropout, or null
+    int64_t first_row;       // where row 0 stands in the whole problem
+    uint64_t dropped_below;  // of 2^32
     float kept_factor;
-    float* scores;            // (outer, inner, queries, keys): written by regard_scores
+    float* scores;  // (outer, inner, queries, keys): written by regard_scores
     // Backward: gradients come contiguous in float32, and go so, one for each of (outer, inner).
-    const float* grad_out;    // (outer, inner, queries, width)
-    const float* grad_lse;    // (outer, inner, queries)
-    const float* grad_scores; // (outer, inner, queries, keys), instead of the two above
+    const float* grad_out;     // (outer, inner, queries, width)
+    const float* grad_lse;     // (outer, inner, queries)
+    const float* grad_scores;  // (outer, inner, queries, keys), instead of the two above
     float *grad_query, *grad_key, *grad_value, *grad_v;
 };
