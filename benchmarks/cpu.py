@@ -15,18 +15,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import copy
+import ctypes
 import json
 import math
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -34,16 +36,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import regard
 from benchmarks import memory
-from benchmarks.toy import Naive
+from benchmarks.contestants import BACKWARD, FORWARD, IMPL, RECORDED, Call, Case, Given, Variation, draw, parts
 from regard.demos.pronounce import replacing
-from regard.intervals import Grid
 
-IMPL = "cpu"
 THREADS = (1, 2)
 ROUNDS, FEWEST = 101, 5
 SECONDS, BLOCK = 3.0, 0.002  # of a contestant: after so many it may leave, and each round takes at least so many
@@ -55,32 +54,7 @@ LAID_OUT = 2e9  # bytes of Lq × Lk × hidden, at most
 
 # --- What is compared, and what must hold.
 
-FORWARD, RECORDED, BACKWARD, PEAK = "forward", "forward, recorded", "forward + backward", "peak at 8,192²"
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes, and who runs them: each a contestant's name and, after a comma, a variation's."""
-
-    name: str
-    batch: int
-    queries: int
-    keys: int
-    hidden: int  # of queries, keys and values too
-    entries: tuple[str, ...]
-    passes: tuple[str, ...] = (FORWARD, BACKWARD)
-    score: str = "additive"
-    heads: int = 1
-
-    def __str__(self) -> str:
-        sizes = f"{self.batch} × {self.queries:,} × {self.keys:,}, hidden {self.hidden}"
-        return sizes + f", {self.heads} heads" * (self.heads > 1) + f", {self.score}" * (self.score != "additive")
-
-    @property
-    def elements(self) -> int:
-        return self.batch * self.heads * self.queries * self.keys * self.hidden
-
-
+PEAK = "peak at 8,192²"
 ALL = ("regard", "SDPA", "textbook")
 COMPILED = ("compiled textbook", "compiled expression")
 RAGGED = ("regard, ragged", "SDPA, ragged", "textbook, ragged")
@@ -152,167 +126,6 @@ BARS = (
     Bar("memory", PEAK, f"additive, lengths and causal, {IMPL}", at_most=100),
     Bar("memory", PEAK, f"additive, dropout, {IMPL}", at_most=100),
 )
-
-
-# --- What they are given.
-
-
-@dataclass(frozen=True)
-class Given:
-    case: Case
-    score: regard.Score
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    lens: Tensor
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """What gradients are taken by."""
-        return {"query": self.query, "key": self.key, "value": self.value, **dict(self.score.named_parameters())}
-
-
-def draw(case: Case) -> Given:
-    torch.manual_seed(0)
-    n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
-    additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
-    score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
-    query = torch.randn(case.batch, case.queries, n, requires_grad=True)
-    key, value = (torch.randn(case.batch, case.keys, n, requires_grad=True) for _ in range(2))
-    return Given(case, score, query, key, value, lens.clamp(min=1))
-
-
-class Variation(NamedTuple):
-    mask: Callable[[Given], regard.Mask | None] = lambda given: None
-    dropout_p: float = 0.0
-
-    def allowed(self, given: Given, rows: Tensor) -> Tensor | None:
-        """Bool, broadcasting to (batch, [heads,] rows, keys); None allows all."""
-        mask, case = self.mask(given), given.case
-        grid = Grid((case.batch, case.heads) if case.heads > 1 else (case.batch,), case.queries, case.keys)
-        return None if mask is None else mask.allow(rows.unsqueeze(-1), torch.arange(case.keys), grid)
-
-
-VARIATIONS = {
-    "": Variation(),
-    "ragged": Variation(lambda given: regard.Lengths(given.lens)),
-    "half the keys": Variation(lambda given: regard.Lengths(torch.full_like(given.lens, given.case.keys // 2))),
-    "causal": Variation(lambda given: regard.Causal()),
-    "window of 128": Variation(lambda given: regard.Window(128, 0)),
-    "dropout 0.1": Variation(dropout_p=0.1),
-}
-
-
-# --- The contestants: each readies what outlasts a call, and returns the call.
-
-Call = Callable[[], Tensor]
-
-
-def by_regard(given: Given, variation: Variation, impl: str) -> Call:
-    """The mask is made in each call, since the lengths of a batch come with it."""
-    query, key, value, score, (mask, dropout_p) = given.query, given.key, given.value, given.score, variation
-    return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=dropout_p, impl=impl)
-
-
-def by_memory(given: Given, variation: Variation) -> Call:
-    kept = regard.Memory(given.score, given.key.detach(), given.value.detach())
-    return lambda: kept.attend(given.query[:, 0]).unsqueeze(1)
-
-
-def by_sdpa(given: Given, variation: Variation) -> Call:
-    """Dot products of the same projections; causal by its flag, other masks made before, as small as they can be."""
-    score, heads = given.score, given.case.heads
-    causal = isinstance(variation.mask(given), regard.Causal)
-    allowed = None if causal else variation.allowed(given, torch.arange(given.case.queries))
-    if allowed is not None and allowed.dim() == 3:
-        allowed = allowed.unsqueeze(1)
-
-    def call() -> Tensor:
-        query, key = score.project_query(given.query), score.project_key(given.key)
-        value = given.value.unsqueeze(1)
-        if heads > 1:
-            return F.scaled_dot_product_attention(query, key, value.expand(-1, heads, -1, -1))
-        query, key = query.unsqueeze(1), key.unsqueeze(1)  # with fewer than four dimensions it takes a slower path
-        return F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal).squeeze(1)
-
-    return call
-
-
-def by_textbook(given: Given, variation: Variation) -> Call:
-    """The textbook's class, which masks by lengths: where there is no mask, those of all keys."""
-    mask, score, naive = variation.mask(given), given.score, Naive(1, 1, 1)
-    assert isinstance(score, regard.Additive)
-    naive.W_q, naive.W_k, naive.w_v = score.W_q, score.W_k, score.w_v
-    lens = given.lens if isinstance(mask, regard.Lengths) else torch.full_like(given.lens, given.case.keys)
-    return lambda: naive(given.query, given.key, given.value, lens)
-
-
-def by_expression(given: Given, variation: Variation) -> Call:
-    """(activation(q + k) · v).sum(-1): what graph libraries do on a dense graph, and compilers fuse best."""
-    score, heads = given.score, given.case.heads
-    assert isinstance(score, regard.Additive)
-    activation = torch.tanh if score.activation == "tanh" else partial(F.leaky_relu, negative_slope=0.2)
-
-    def call() -> Tensor:
-        query, key = score.project_query(given.query), score.project_key(given.key)
-        v, value = score.w_v.weight, given.value
-        if heads > 1:
-            v, value = v[:, None, None], value.unsqueeze(1)
-        return torch.softmax((activation(query.unsqueeze(-2) + key.unsqueeze(-3)) * v).sum(-1), -1) @ value
-
-    return call
-
-
-def by_cdist(given: Given, variation: Variation) -> Call:
-    def call() -> Tensor:
-        query, key = given.score.project_query(given.query), given.score.project_key(given.key)
-        return torch.softmax(-torch.cdist(query, key, p=1.0), -1) @ given.value
-
-    return call
-
-
-def by_dot_step(given: Given, variation: Variation) -> Call:
-    """One query a sample against projected keys that were kept, transposed and with 1 / √hidden in them."""
-    score, key = given.score, given.score.project_key(given.key).detach() / math.sqrt(given.case.hidden)
-    key = key.mT.contiguous()  # the faster layout
-    return lambda: torch.softmax(score.project_query(given.query) @ key, -1) @ given.value
-
-
-def by_textbook_step(given: Given, variation: Variation) -> Call:
-    """One query a sample against projected keys that were kept."""
-    score, key = given.score, given.score.project_key(given.key).detach().unsqueeze(1)
-    assert isinstance(score, regard.Additive)
-
-    def call() -> Tensor:
-        features = torch.tanh(score.W_q(given.query).unsqueeze(2) + key)
-        return torch.softmax(score.w_v(features).squeeze(-1), -1) @ given.value
-
-    return call
-
-
-class Contestant(NamedTuple):
-    kind: str
-    ready: Callable[[Given, Variation], Call]
-
-
-CONTESTANTS = {
-    "regard": Contestant("regard", partial(by_regard, impl=IMPL)),
-    "auto": Contestant("regard", partial(by_regard, impl="auto")),
-    "Memory": Contestant("regard", by_memory),
-    "SDPA": Contestant("dot products", by_sdpa),
-    "softmax(q·Kᵀ)·V": Contestant("dot products", by_dot_step),
-    "textbook": Contestant("as written", by_textbook),
-    "textbook step": Contestant("as written", by_textbook_step),
-    "expression": Contestant("as written", by_expression),
-    "cdist": Contestant("as written", by_cdist),
-    "compiled textbook": Contestant("compiled", by_textbook),
-    "compiled expression": Contestant("compiled", by_expression),
-}
-
-
-def parts(entry: str) -> tuple[Contestant, Variation]:
-    name, _, variation = entry.partition(", ")
-    return CONTESTANTS[name], VARIATIONS[variation]
 
 
 def fits(case: Case, entry: str) -> bool:
@@ -435,7 +248,7 @@ def peaks() -> list[Result]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers are of; the sgemm rate is the best of torch.mm, 1024³: multiply-adds a second, one thread."""
+    """What the numbers are of. Rates are multiply-adds a second of one thread: all it can, and torch.mm of 1024³."""
     torch.set_num_threads(1)
     square, info = torch.randn(1024, 1024), Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
@@ -444,12 +257,28 @@ def machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+        "fma_per_second": fma_peak(),
         "sgemm_per_second": 1024**3 / min(seconds(lambda: square @ square) for _ in range(20)),
         "threads": THREADS,
         "torch": torch.__version__,
         "regard": regard.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def fma_peak() -> float:
+    """The most of benchmarks/fma.cpp, compiled for this processor, over widths of vectors."""
+    rates = []
+    with TemporaryDirectory() as folder:
+        for width in (4, 8, 16):
+            library = Path(folder, f"fma{width}.so")
+            flags = f"-O3 -march=native -ffp-contract=fast -shared -fPIC -DWIDTH={width}".split()
+            source = Path(__file__).with_name("fma.cpp")
+            subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)], check=True)
+            rate = ctypes.CDLL(str(library)).fma_per_second
+            rate.restype = ctypes.c_double
+            rates += [rate() for _ in range(20)]
+    return max(rates)
 
 
 # --- Showing.
@@ -479,20 +308,20 @@ def verdict(bar: Bar, measured: float | None, held: bool | None) -> str:
     return f"  {bar.case:10}{bar.what:20}{name + threads:40}{number:>13}  {limit:15}{said}".rstrip()
 
 
-def detailed(result: Result, sgemm: float) -> dict[str, Any]:
+def detailed(result: Result, peak: float) -> dict[str, Any]:
     """A result by names. Its rate counts all elements of Lq × Lk × hidden, masked ones too."""
     run, value, error = result
     if run.case not in CASES:
         return {**run._asdict(), "megabytes": value}
     rate = CASES[run.case].elements / value
-    rates = {"elements_per_second": rate, "of_sgemm": rate / sgemm / run.threads}
+    rates = {"elements_per_second": rate, "of_peak": rate / peak / run.threads}
     return {**run._asdict(), "seconds": value, **rates, "error": error}
 
 
-HEADINGS = f"{'':54}{'ms':>10}{'2 threads':>11}{'ratio':>8}{'G elem/s':>10}{'of sgemm':>10}{'error':>9}"
+HEADINGS = f"{'':54}{'ms':>10}{'2 threads':>11}{'ratio':>8}{'G elem/s':>10}{'of peak':>10}{'error':>9}"
 
 
-def table(name: str, results: Sequence[Result], sgemm: float) -> str:
+def table(name: str, results: Sequence[Result], peak: float) -> str:
     """A line for each entry and pass; ratios are to the first entry."""
     if name not in CASES:
         lines = [f"  {run.entry:34}{run.what:18}{megabytes:10.1f} MB" for run, megabytes, _ in results]
@@ -500,10 +329,10 @@ def table(name: str, results: Sequence[Result], sgemm: float) -> str:
     case, lines = CASES[name], [f"\n{name}: {CASES[name]}"]
     for what in case.passes:
         first = least(results, name, case.entries[0], what)
-        for each in (detailed(each, sgemm) for each in results if each.run[2:] == (what, 1)):
+        for each in (detailed(each, peak) for each in results if each.run[2:] == (what, 1)):
             two = 1e3 * least(results, name, each["entry"], what, 2)
             times = f"{1e3 * each['seconds']:10.3f}{'' if math.isnan(two) else f'{two:.3f}':>11}"
-            rates = f"{each['elements_per_second'] / 1e9:10.2f}{each['of_sgemm']:10.1%}{each['error']:9.0e}"
+            rates = f"{each['elements_per_second'] / 1e9:10.2f}{each['of_peak']:10.1%}{each['error']:9.0e}"
             lines.append(f"  {each['entry']:34}{what:18}{times}{each['seconds'] / first:8.2f}{rates}")
     left_out = (entry for entry in case.entries if not fits(case, entry))
     lines += [f"  {entry:34}not run: {4e-9 * case.elements:.1f} GB of Lq × Lk × hidden" for entry in left_out]
@@ -574,12 +403,12 @@ def main() -> int:
     results: list[Result] = []
     for name in tqdm(names, unit="case", leave=False, disable=None):
         found = timed(CASES[name]) if name in CASES else peaks()
-        tqdm.write(table(name, found, facts["sgemm_per_second"]))
+        tqdm.write(table(name, found, facts["fma_per_second"]))
         results += found
     judgements = {bar: judged(bar, results) for bar in BARS if bar.case in names}
     print("\nwhat must hold", *(verdict(bar, *judgement) for bar, judgement in judgements.items()), sep="\n")
     if options.json:
-        measured = [detailed(each, facts["sgemm_per_second"]) for each in results]
+        measured = [detailed(each, facts["fma_per_second"]) for each in results]
         bars = [{**bar._asdict(), "measured": ratio, "held": held} for bar, (ratio, held) in judgements.items()]
         with replacing(options.json) as part:
             record = {"machine": facts, "results": measured, "bars": bars}

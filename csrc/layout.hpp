@@ -118,8 +118,8 @@ void set_limits(const regard_problem& p, const Sizes& sizes, const Place& at, in
                 laid.high[h] = far ? INFINITY : -INFINITY;
                 if (far) laid.centre[h] = 0.0f;
             }
-            laid.low[h] = least(laid.low[h], laid.centre[h] - most_[h] - Pair::saturated);
-            laid.high[h] = most(laid.high[h], laid.centre[h] - least_[h] + Pair::saturated);
+            laid.low[h] = least(laid.centre[h] - most_[h] - Pair::saturated, laid.low[h]);
+            laid.high[h] = most(laid.centre[h] - least_[h] + Pair::saturated, laid.high[h]);
         }
     }
 }
@@ -147,7 +147,7 @@ bool prepare(const regard_problem& p, const Place& at, int64_t first, float* pre
         for (int h = 0; h < n; ++h)
             laid.centre[h] = laid.direct[h] = 0.0f, laid.low[h] = -INFINITY, laid.high[h] = INFINITY;
     }
-    for (int64_t panel = first / TILE * (TILE / PANEL); panel < sizes.panels; ++panel) {
+    for (int64_t panel = first / PANEL; panel < sizes.panels; ++panel) {
         float* top = laid.largest(panel * PANEL / TILE);
         if (panel * PANEL % TILE == 0)
             for (int h = 0; h < n; ++h) top[h] = -INFINITY;

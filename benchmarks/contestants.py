@@ -1,0 +1,204 @@
+"""Who is compared in `benchmarks.cpu`, and on what: each readies what outlasts a call, and returns the call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import regard
+from benchmarks.toy import Naive
+from regard.intervals import Grid
+
+IMPL = "cpu"
+FORWARD, RECORDED, BACKWARD = "forward", "forward, recorded", "forward + backward"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, and who runs them: each a contestant's name and, after a comma, a variation's."""
+
+    name: str
+    batch: int
+    queries: int
+    keys: int
+    hidden: int  # of queries, keys and values too
+    entries: tuple[str, ...]
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    score: str = "additive"
+    heads: int = 1
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch} × {self.queries:,} × {self.keys:,}, hidden {self.hidden}"
+        return sizes + f", {self.heads} heads" * (self.heads > 1) + f", {self.score}" * (self.score != "additive")
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.heads * self.queries * self.keys * self.hidden
+
+
+# --- What they are given.
+
+
+@dataclass(frozen=True)
+class Given:
+    case: Case
+    score: regard.Score
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lens: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are taken by."""
+        return {"query": self.query, "key": self.key, "value": self.value, **dict(self.score.named_parameters())}
+
+
+def draw(case: Case) -> Given:
+    torch.manual_seed(0)
+    n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
+    additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
+    score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
+    query = torch.randn(case.batch, case.queries, n, requires_grad=True)
+    key, value = (torch.randn(case.batch, case.keys, n, requires_grad=True) for _ in range(2))
+    return Given(case, score, query, key, value, lens.clamp(min=1))
+
+
+class Variation(NamedTuple):
+    mask: Callable[[Given], regard.Mask | None] = lambda given: None
+    dropout_p: float = 0.0
+
+    def allowed(self, given: Given, rows: Tensor) -> Tensor | None:
+        """Bool, broadcasting to (batch, [heads,] rows, keys); None allows all."""
+        mask, case = self.mask(given), given.case
+        grid = Grid((case.batch, case.heads) if case.heads > 1 else (case.batch,), case.queries, case.keys)
+        return None if mask is None else mask.allow(rows.unsqueeze(-1), torch.arange(case.keys), grid)
+
+
+VARIATIONS = {
+    "": Variation(),
+    "ragged": Variation(lambda given: regard.Lengths(given.lens)),
+    "half the keys": Variation(lambda given: regard.Lengths(torch.full_like(given.lens, given.case.keys // 2))),
+    "causal": Variation(lambda given: regard.Causal()),
+    "window of 128": Variation(lambda given: regard.Window(128, 0)),
+    "dropout 0.1": Variation(dropout_p=0.1),
+}
+
+
+# --- The contestants.
+
+Call = Callable[[], Tensor]
+
+
+def by_regard(given: Given, variation: Variation, impl: str) -> Call:
+    """The mask is made in each call, since the lengths of a batch come with it."""
+    query, key, value, score, (mask, dropout_p) = given.query, given.key, given.value, given.score, variation
+    return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=dropout_p, impl=impl)
+
+
+def by_memory(given: Given, variation: Variation) -> Call:
+    kept = regard.Memory(given.score, given.key.detach(), given.value.detach())
+    return lambda: kept.attend(given.query[:, 0]).unsqueeze(1)
+
+
+def by_sdpa(given: Given, variation: Variation) -> Call:
+    """Dot products of the same projections; causal by its flag, other masks made before, as small as they can be."""
+    score, heads = given.score, given.case.heads
+    causal = isinstance(variation.mask(given), regard.Causal)
+    allowed = None if causal else variation.allowed(given, torch.arange(given.case.queries))
+    if allowed is not None and allowed.dim() == 3:
+        allowed = allowed.unsqueeze(1)
+
+    def call() -> Tensor:
+        query, key = score.project_query(given.query), score.project_key(given.key)
+        value = given.value.unsqueeze(1)
+        if heads > 1:
+            return F.scaled_dot_product_attention(query, key, value.expand(-1, heads, -1, -1))
+        query, key = query.unsqueeze(1), key.unsqueeze(1)  # with fewer than four dimensions it takes a slower path
+        return F.scaled_dot_product_attention(query, key, value, allowed, is_causal=causal).squeeze(1)
+
+    return call
+
+
+def by_textbook(given: Given, variation: Variation) -> Call:
+    """The textbook's class, which masks by lengths: where there is no mask, those of all keys."""
+    mask, score, naive = variation.mask(given), given.score, Naive(1, 1, 1)
+    assert isinstance(score, regard.Additive)
+    naive.W_q, naive.W_k, naive.w_v = score.W_q, score.W_k, score.w_v
+    lens = given.lens if isinstance(mask, regard.Lengths) else torch.full_like(given.lens, given.case.keys)
+    return lambda: naive(given.query, given.key, given.value, lens)
+
+
+def by_expression(given: Given, variation: Variation) -> Call:
+    """(activation(q + k) · v).sum(-1): what graph libraries do on a dense graph, and compilers fuse best."""
+    score, heads = given.score, given.case.heads
+    assert isinstance(score, regard.Additive)
+    activation = torch.tanh if score.activation == "tanh" else partial(F.leaky_relu, negative_slope=0.2)
+
+    def call() -> Tensor:
+        query, key = score.project_query(given.query), score.project_key(given.key)
+        v, value = score.w_v.weight, given.value
+        if heads > 1:
+            v, value = v[:, None, None], value.unsqueeze(1)
+        return torch.softmax((activation(query.unsqueeze(-2) + key.unsqueeze(-3)) * v).sum(-1), -1) @ value
+
+    return call
+
+
+def by_cdist(given: Given, variation: Variation) -> Call:
+    def call() -> Tensor:
+        query, key = given.score.project_query(given.query), given.score.project_key(given.key)
+        return torch.softmax(-torch.cdist(query, key, p=1.0), -1) @ given.value
+
+    return call
+
+
+def by_dot_step(given: Given, variation: Variation) -> Call:
+    """One query a sample against projected keys that were kept, transposed and with 1 / √hidden in them."""
+    score, key = given.score, given.score.project_key(given.key).detach() / math.sqrt(given.case.hidden)
+    key = key.mT.contiguous()  # the faster layout
+    return lambda: torch.softmax(score.project_query(given.query) @ key, -1) @ given.value
+
+
+def by_textbook_step(given: Given, variation: Variation) -> Call:
+    """One query a sample against projected keys that were kept."""
+    score, key = given.score, given.score.project_key(given.key).detach().unsqueeze(1)
+    assert isinstance(score, regard.Additive)
+
+    def call() -> Tensor:
+        features = torch.tanh(score.W_q(given.query).unsqueeze(2) + key)
+        return torch.softmax(score.w_v(features).squeeze(-1), -1) @ given.value
+
+    return call
+
+
+class Contestant(NamedTuple):
+    kind: str
+    ready: Callable[[Given, Variation], Call]
+
+
+CONTESTANTS = {
+    "regard": Contestant("regard", partial(by_regard, impl=IMPL)),
+    "auto": Contestant("regard", partial(by_regard, impl="auto")),
+    "Memory": Contestant("regard", by_memory),
+    "SDPA": Contestant("dot products", by_sdpa),
+    "softmax(q·Kᵀ)·V": Contestant("dot products", by_dot_step),
+    "textbook": Contestant("as written", by_textbook),
+    "textbook step": Contestant("as written", by_textbook_step),
+    "expression": Contestant("as written", by_expression),
+    "cdist": Contestant("as written", by_cdist),
+    "compiled textbook": Contestant("compiled", by_textbook),
+    "compiled expression": Contestant("compiled", by_expression),
+}
+
+
+def parts(entry: str) -> tuple[Contestant, Variation]:
+    name, _, variation = entry.partition(", ")
+    return CONTESTANTS[name], VARIATIONS[variation]
