@@ -28,7 +28,7 @@ inline void lay_out(Arena& arena, const regard_problem& p, bool backward, Scratc
     const Sizes sizes(p);
     const int n = sizes.padded();
     s.constants.v = arena.take<float>(n), s.constants.folded = arena.take<float>(n),
-    s.constants.bits = arena.take<float>(n);
+    s.constants.bits = arena.take<float>(n), s.constants.sums = arena.take<float>(n / GROUP);
     s.rows.folded = arena.take<float>(static_cast<int64_t>(ROWS) * sizes.units), s.rows.largest = arena.take<float>(n);
     s.rows.row = arena.take<float>(n), s.rows.moved = arena.take<float>(n), s.rows.side = arena.take<float>(n);
     s.group_paths = arena.take<uint8_t>(n / GROUP), s.block_paths = arena.take<uint8_t>(sizes.blocks);
@@ -70,41 +70,45 @@ void choose_paths(const Sizes& sizes, const Keys& keys, int tile, Scratch& s) {
         }
         uint8_t& block = s.block_paths[g * GROUP / BLOCK];
         s.group_paths[g] = block == DIRECT ? DIRECT : bits <= Pair::log2_limit ? FAST : CAPPED;
-        if (block == FAST && !(4 * (most_ + 1) <= Pair::log2_limit)) block = CAPPED;
+        if (block == FAST && !(most_ + 1.0f <= Pair::log2_limit)) block = CAPPED;
         ++s.paths[s.group_paths[g]];
     }
 }
 
 // --- Scores of a tile: columns first .. last of it, whole panels; scores[row][TILE].
 
+// What the groups first .. last add to the sums: a loop for each path, so that the sums stay in registers.
+template <class Pair, Path path, int R>
+inline void add_groups(const float* rows, int units, const float* keys, const float* folded, float slope, int first,
+                       int last, Lanes (&sums)[R]) {
+    for (int g = first; g < last; ++g)
+        Pair::template add<path, R>(rows + g * GROUP, units, keys + g * GROUP * PANEL, folded + g * GROUP, sums, slope);
+}
+
 template <class Pair, int R>
 void score_rows(const float* rows, int units, const float* keys, const Constants& constants, const uint8_t* paths,
                 float slope, float* scores) {
-    constexpr int AT_ONCE = 8;  // groups summed from 0, so that partial sums stay small beside Σ v
-    for (int j = 0; j < PANEL; j += J * W) {
-        for (int first = 0; first < units / GROUP; first += AT_ONCE) {
-            Lanes sums[R][J];
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < J; ++c) sums[r][c] = splat(0.0f);
-            const int last = least(first + AT_ONCE, units / GROUP);
-            float sum_v = 0.0f;
-            for (int g = first; g < last; ++g) {
-                const float *e = rows + g * GROUP, *f = keys + g * GROUP * PANEL + j,
-                            *constant = constants.folded + g * GROUP;
+    const float* folded = constants.folded;
+    const int groups = units / GROUP;
+    for (int j = 0; j < PANEL; j += W) {
+        for (int first = 0; first < groups; first += AT_ONCE) {
+            Lanes sums[R];
+            for (int r = 0; r < R; ++r) sums[r] = splat(0.0f);
+            const int last = least(first + AT_ONCE, groups);
+            for (int g = first, end; g < last; g = end) {
+                for (end = g + 1; end < last && paths[end] == paths[g];) ++end;
                 switch (paths[g]) {
-                    case FAST: Pair::template add<FAST, R>(e, units, f, constant, sums, slope); break;
-                    case CAPPED: Pair::template add<CAPPED, R>(e, units, f, constant, sums, slope); break;
-                    default: Pair::template add<DIRECT, R>(e, units, f, constant, sums, slope); break;
+                    case FAST: add_groups<Pair, FAST>(rows, units, keys + j, folded, slope, g, end, sums); break;
+                    case CAPPED: add_groups<Pair, CAPPED>(rows, units, keys + j, folded, slope, g, end, sums); break;
+                    default: add_groups<Pair, DIRECT>(rows, units, keys + j, folded, slope, g, end, sums); break;
                 }
-                const float* v = constants.v + g * GROUP;
-                sum_v += (v[0] + v[1]) + (v[2] + v[3]);
             }
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < J; ++c) {
-                    float* at = scores + r * TILE + j + c * W;
-                    Lanes part = Pair::finish(sums[r][c], sum_v, constants.scale);
-                    store(at, first == 0 ? part : load(at) + part);
-                }
+            const float sum_v = constants.sums[first / AT_ONCE];
+            for (int r = 0; r < R; ++r) {
+                float* at = scores + r * TILE + j;
+                Lanes part = Pair::finish(sums[r], sum_v, constants.scale);
+                store(at, first == 0 ? part : load(at) + part);
+            }
         }
     }
 }

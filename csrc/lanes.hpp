@@ -38,6 +38,10 @@ inline Lanes times_two_to(Lanes a, Lanes k) { return {_mm512_scalef_ps(a.x, k.x)
 inline Lanes where_greater(Lanes a, Lanes b, Lanes yes, Lanes no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ), no.x, yes.x)};
 }
+inline Lanes reciprocal(Lanes a) {  // for |a| in 1 .. 2^126: 14 bits, and a step of Newton's
+    Lanes r = {_mm512_rcp14_ps(a.x)};
+    return fma(r, fnma(a, r, splat(1.0f)), r);
+}
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.x); }
 inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.x); }
 
@@ -84,6 +88,7 @@ inline Lanes times_two_to(Lanes a, Lanes k) {  // for k in -126 .. 127
 inline Lanes where_greater(Lanes a, Lanes b, Lanes yes, Lanes no) {
     return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ))};
 }
+inline Lanes reciprocal(Lanes a) { return splat(1.0f) / a; }
 inline float sum(Lanes a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -148,6 +153,7 @@ inline Lanes times_two_to(Lanes a, Lanes k) {                                   
     return result;
 }
 inline Lanes where_greater(Lanes a, Lanes b, Lanes yes, Lanes no) { REGARD_EACH(a.x[n] > b.x[n] ? yes.x[n] : no.x[n]); }
+inline Lanes reciprocal(Lanes a) { return splat(1.0f) / a; }
 inline float sum(Lanes a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
 inline float largest(Lanes a) {
     Lanes b = {{a.x[2], a.x[3], a.x[2], a.x[3]}};

@@ -174,6 +174,7 @@ bool prepare(const regard_problem& p, const Place& at, int64_t first, float* pre
 
 struct Constants {
     float *v, *folded, *bits;  // as given, padded by 0; as the pair wants it; log2 of what it may add to a product
+    float* sums;               // of v over AT_ONCE groups
     float scale;               // the power of two that v was divided by
 };
 
@@ -191,6 +192,10 @@ void fold(const regard_problem& p, const Sizes& sizes, int64_t inner, Constants&
     to.scale = std::ldexp(1.0f, exponent);
     const Lanes down = splat(std::ldexp(1.0f, -exponent));
     for (int h = 0; h < n; h += W) store(to.folded + h, Pair::constant(load(to.v + h) * down));
+    for (int h = 0; h < n; h += AT_ONCE * GROUP) {
+        float& sum = to.sums[h / (AT_ONCE * GROUP)] = 0.0f;
+        for (int each = h; each < least(n, h + AT_ONCE * GROUP); ++each) sum += to.v[each];
+    }
     if (Pair::exponential_sides)
         for (int h = 0; h < n; ++h)  // the exponent, rounded up, and 1 for the 1 + E F
             to.bits[h] = static_cast<float>(static_cast<int>(to_bits(to.folded[h]) >> 23 & 0xff) - 126) + 1.0f;

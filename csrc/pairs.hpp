@@ -3,7 +3,7 @@
 //
 // A pair says
 //   - what it keeps of a key (`key`) and of a row (`row`), once each;
-//   - `add`: what GROUP hidden units add to the scores of R rows and J vectors of keys (keys in the lanes);
+//   - `add`: what GROUP hidden units add to the scores of R rows (keys in the lanes);
 //   - `finish`: from that sum to the scores;
 //   - `slopes`: what 4 keys add to the gradients of one row (hidden units in the lanes).
 #pragma once
@@ -12,12 +12,12 @@
 
 namespace {
 
-constexpr int PANEL = 32;  // keys side by side in memory
-constexpr int TILE = 256;  // keys whose scores are at hand at once
-constexpr int ROWS = 32;   // rows that share a tile
-constexpr int BLOCK = 16;  // hidden units side by side in memory, for gradients
-constexpr int GROUP = 4;   // hidden units that share a division
-constexpr int J = W == 16 ? 2 : 1;
+constexpr int PANEL = 32;   // keys side by side in memory
+constexpr int TILE = 256;   // keys whose scores are at hand at once
+constexpr int ROWS = 32;    // rows that share a tile
+constexpr int BLOCK = 16;   // hidden units side by side in memory, for gradients
+constexpr int GROUP = 4;    // hidden units that share a division
+constexpr int AT_ONCE = 8;  // groups summed from 0, so that partial sums stay small beside Σ v
 
 // How far the range of a group allows to go: FAST as it is; CAPPED where a product could overflow; DIRECT where even
 // the exponentials of one side could, so that the sum is taken first.
@@ -57,44 +57,35 @@ struct Rational {
     }
 
     template <Path path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R][J],
+    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R],
                     float) {
         Lanes i0 = splat(inverses[0]), i1 = splat(inverses[1]), i2 = splat(inverses[2]), i3 = splat(inverses[3]);
-        for (int j = 0; j < J; ++j) {
-            const float* f = keys + j * W;
-            Lanes f0 = load(f), f1 = load(f + PANEL), f2 = load(f + 2 * PANEL), f3 = load(f + 3 * PANEL);
-            for (int r = 0; r < R; ++r) {
-                const float* e = rows + r * row_stride;
-                Lanes d0 = denominator<path>(splat(e[0]), f0, i0), d1 = denominator<path>(splat(e[1]), f1, i1);
-                Lanes d2 = denominator<path>(splat(e[2]), f2, i2), d3 = denominator<path>(splat(e[3]), f3, i3);
-                Lanes p01 = d0 * d1, p23 = d2 * d3;
-                Lanes n = fma(d0 + d1, p23, (d2 + d3) * p01);
-                sums[r][j] = sums[r][j] + n / (p01 * p23);
-            }
+        Lanes f0 = load(keys), f1 = load(keys + PANEL), f2 = load(keys + 2 * PANEL), f3 = load(keys + 3 * PANEL);
+        for (int r = 0; r < R; ++r) {
+            const float* e = rows + r * row_stride;
+            Lanes d0 = denominator<path>(splat(e[0]), f0, i0), d1 = denominator<path>(splat(e[1]), f1, i1);
+            Lanes d2 = denominator<path>(splat(e[2]), f2, i2), d3 = denominator<path>(splat(e[3]), f3, i3);
+            Lanes p01 = d0 * d1, p23 = d2 * d3;
+            Lanes n = fma(d0 + d1, p23, (d2 + d3) * p01);
+            sums[r] = sums[r] + n / (p01 * p23);
         }
     }
 
     // sum_v: Σ v over the hidden units that were summed; scale: the power of two that v was divided by.
     static Lanes finish(Lanes sum, float sum_v, float scale) { return fnma(splat(kappa * scale), sum, splat(sum_v)); }
 
-    // With w = E F and r = 1 / (1 + w): activation' = κ² w r², which is exact where it fades; and dv wants Σ G r.
+    // With r = 1 / (1 + E F): activation' = κ² r (1 − r), and dv wants Σ G r.
     template <Path path>
     static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4],
                        Lanes& v_sum) {
-        Lanes w[4], d[4];
         for (int c = 0; c < 4; ++c) {
+            Lanes d;
             if constexpr (path == DIRECT)
-                w[c] = exponential(min(splat(21.0f), (row + key[c]) * splat(kappa)));
-            else if constexpr (path == CAPPED)
-                w[c] = min(splat(cap / 2), row * key[c]);
+                d = splat(1.0f) + exponential((row + key[c]) * splat(kappa));
             else
-                w[c] = row * key[c];
-            d[c] = w[c] + splat(1.0f);
-        }
-        Lanes q01 = splat(1.0f) / (d[0] * d[1]), q23 = splat(1.0f) / (d[2] * d[3]);
-        const Lanes r[4] = {q01 * d[1], q01 * d[0], q23 * d[3], q23 * d[2]};
-        for (int c = 0; c < 4; ++c) {
-            Lanes gr = splat(g[c]) * r[c], slope = gr * (w[c] * r[c]);
+                d = fma(row, key[c], splat(1.0f));
+            if constexpr (path != FAST) d = min(splat(cap), d);
+            Lanes r = reciprocal(d), gr = splat(g[c]) * r, slope = fnma(gr, r, gr);
             v_sum = v_sum + gr;
             row_sum = row_sum + slope;
             key_sums[c] = key_sums[c] + slope;
@@ -117,16 +108,14 @@ struct Plain {
 // Σ v leaky(a + b), leaky(x) = max(x, 0) + slope · min(x, 0); slope 0 is relu.
 struct Rectified : Plain {
     template <Path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R][J],
+    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R],
                     float slope) {
         for (int h = 0; h < GROUP; ++h) {
-            for (int j = 0; j < J; ++j) {
-                Lanes b = load(keys + h * PANEL + j * W);
-                for (int r = 0; r < R; ++r) {
-                    Lanes x = splat(rows[r * row_stride + h]) + b;
-                    Lanes y = fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
-                    sums[r][j] = fma(splat(v[h]), y, sums[r][j]);
-                }
+            Lanes b = load(keys + h * PANEL);
+            for (int r = 0; r < R; ++r) {
+                Lanes x = splat(rows[r * row_stride + h]) + b;
+                Lanes y = fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
+                sums[r] = fma(splat(v[h]), y, sums[r]);
             }
         }
     }
@@ -151,12 +140,10 @@ struct Rectified : Plain {
 // −Σ |a − b|.
 struct Distance : Plain {
     template <Path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float*, Lanes (&sums)[R][J], float) {
+    static void add(const float* rows, int row_stride, const float* keys, const float*, Lanes (&sums)[R], float) {
         for (int h = 0; h < GROUP; ++h) {
-            for (int j = 0; j < J; ++j) {
-                Lanes b = load(keys + h * PANEL + j * W);
-                for (int r = 0; r < R; ++r) sums[r][j] = sums[r][j] + abs(splat(rows[r * row_stride + h]) - b);
-            }
+            Lanes b = load(keys + h * PANEL);
+            for (int r = 0; r < R; ++r) sums[r] = sums[r] + abs(splat(rows[r * row_stride + h]) - b);
         }
     }
     static Lanes finish(Lanes sum, float, float) { return splat(0.0f) - sum; }
