@@ -78,11 +78,12 @@ void choose_paths(const Sizes& sizes, const Keys& keys, int tile, Scratch& s) {
 // --- Scores of a tile: columns first .. last of it, whole panels; scores[row][TILE].
 
 // What the groups first .. last add to the sums: a loop for each path, so that the sums stay in registers.
-template <class Pair, Path path, int R>
+template <class Pair, Path path, int R, int C>
 inline void add_groups(const float* rows, int units, const float* keys, const float* folded, float slope, int first,
-                       int last, Lanes (&sums)[R]) {
+                       int last, Lanes (&sums)[R][C]) {
     for (int g = first; g < last; ++g)
-        Pair::template add<path, R>(rows + g * GROUP, units, keys + g * GROUP * PANEL, folded + g * GROUP, sums, slope);
+        Pair::template add<path, R, C>(rows + g * GROUP, units, keys + g * GROUP * PANEL, folded + g * GROUP, sums,
+                                       slope);
 }
 
 template <class Pair, int R>
@@ -90,10 +91,12 @@ void score_rows(const float* rows, int units, const float* keys, const Constants
                 float slope, float* scores) {
     const float* folded = constants.folded;
     const int groups = units / GROUP;
-    for (int j = 0; j < PANEL; j += W) {
+    constexpr int C = R == 1 ? PANEL / W : 1;  // one row alone waits for memory, which is read in order
+    for (int j = 0; j < PANEL; j += C * W) {
         for (int first = 0; first < groups; first += AT_ONCE) {
-            Lanes sums[R];
-            for (int r = 0; r < R; ++r) sums[r] = splat(0.0f);
+            Lanes sums[R][C];
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) sums[r][c] = splat(0.0f);
             const int last = least(first + AT_ONCE, groups);
             for (int g = first, end; g < last; g = end) {
                 for (end = g + 1; end < last && paths[end] == paths[g];) ++end;
@@ -104,11 +107,12 @@ void score_rows(const float* rows, int units, const float* keys, const Constants
                 }
             }
             const float sum_v = constants.sums[first / AT_ONCE];
-            for (int r = 0; r < R; ++r) {
-                float* at = scores + r * TILE + j;
-                Lanes part = Pair::finish(sums[r], sum_v, constants.scale);
-                store(at, first == 0 ? part : load(at) + part);
-            }
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) {
+                    float* at = scores + r * TILE + j + c * W;
+                    Lanes part = Pair::finish(sums[r][c], sum_v, constants.scale);
+                    store(at, first == 0 ? part : load(at) + part);
+                }
         }
     }
 }

@@ -3,7 +3,7 @@
 //
 // A pair says
 //   - what it keeps of a key (`key`) and of a row (`row`), once each;
-//   - `add`: what GROUP hidden units add to the scores of R rows (keys in the lanes);
+//   - `add`: what GROUP hidden units add to the scores of R rows and C vectors of keys (keys in the lanes);
 //   - `finish`: from that sum to the scores;
 //   - `slopes`: what 4 keys add to the gradients of one row (hidden units in the lanes).
 #pragma once
@@ -56,18 +56,21 @@ struct Rational {
         return min(splat(cap), max(splat(-cap), d));
     }
 
-    template <Path path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R],
+    template <Path path, int R, int C>
+    static void add(const float* rows, int row_stride, const float* keys, const float* inverses, Lanes (&sums)[R][C],
                     float) {
         Lanes i0 = splat(inverses[0]), i1 = splat(inverses[1]), i2 = splat(inverses[2]), i3 = splat(inverses[3]);
-        Lanes f0 = load(keys), f1 = load(keys + PANEL), f2 = load(keys + 2 * PANEL), f3 = load(keys + 3 * PANEL);
-        for (int r = 0; r < R; ++r) {
-            const float* e = rows + r * row_stride;
-            Lanes d0 = denominator<path>(splat(e[0]), f0, i0), d1 = denominator<path>(splat(e[1]), f1, i1);
-            Lanes d2 = denominator<path>(splat(e[2]), f2, i2), d3 = denominator<path>(splat(e[3]), f3, i3);
-            Lanes p01 = d0 * d1, p23 = d2 * d3;
-            Lanes n = fma(d0 + d1, p23, (d2 + d3) * p01);
-            sums[r] = sums[r] + n / (p01 * p23);
+        for (int c = 0; c < C; ++c) {
+            const float* f = keys + c * W;
+            Lanes f0 = load(f), f1 = load(f + PANEL), f2 = load(f + 2 * PANEL), f3 = load(f + 3 * PANEL);
+            for (int r = 0; r < R; ++r) {
+                const float* e = rows + r * row_stride;
+                Lanes d0 = denominator<path>(splat(e[0]), f0, i0), d1 = denominator<path>(splat(e[1]), f1, i1);
+                Lanes d2 = denominator<path>(splat(e[2]), f2, i2), d3 = denominator<path>(splat(e[3]), f3, i3);
+                Lanes p01 = d0 * d1, p23 = d2 * d3;
+                Lanes n = fma(d0 + d1, p23, (d2 + d3) * p01);
+                sums[r][c] = sums[r][c] + n / (p01 * p23);
+            }
         }
     }
 
@@ -107,15 +110,17 @@ struct Plain {
 
 // Σ v leaky(a + b), leaky(x) = max(x, 0) + slope · min(x, 0); slope 0 is relu.
 struct Rectified : Plain {
-    template <Path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R],
+    template <Path, int R, int C>
+    static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R][C],
                     float slope) {
         for (int h = 0; h < GROUP; ++h) {
-            Lanes b = load(keys + h * PANEL);
-            for (int r = 0; r < R; ++r) {
-                Lanes x = splat(rows[r * row_stride + h]) + b;
-                Lanes y = fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
-                sums[r] = fma(splat(v[h]), y, sums[r]);
+            for (int c = 0; c < C; ++c) {
+                Lanes b = load(keys + h * PANEL + c * W);
+                for (int r = 0; r < R; ++r) {
+                    Lanes x = splat(rows[r * row_stride + h]) + b;
+                    Lanes y = fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
+                    sums[r][c] = fma(splat(v[h]), y, sums[r][c]);
+                }
             }
         }
     }
@@ -139,11 +144,13 @@ struct Rectified : Plain {
 
 // −Σ |a − b|.
 struct Distance : Plain {
-    template <Path, int R>
-    static void add(const float* rows, int row_stride, const float* keys, const float*, Lanes (&sums)[R], float) {
+    template <Path, int R, int C>
+    static void add(const float* rows, int row_stride, const float* keys, const float*, Lanes (&sums)[R][C], float) {
         for (int h = 0; h < GROUP; ++h) {
-            Lanes b = load(keys + h * PANEL);
-            for (int r = 0; r < R; ++r) sums[r] = sums[r] + abs(splat(rows[r * row_stride + h]) - b);
+            for (int c = 0; c < C; ++c) {
+                Lanes b = load(keys + h * PANEL + c * W);
+                for (int r = 0; r < R; ++r) sums[r][c] = sums[r][c] + abs(splat(rows[r * row_stride + h]) - b);
+            }
         }
     }
     static Lanes finish(Lanes sum, float, float) { return splat(0.0f) - sum; }

@@ -1,4 +1,4 @@
-"""Run by tests/test_sanitizers.py in a process of its own: every shape of the tests on a library that watches itself."""
+"""What tests/test_sanitizers.py runs in a process of its own: all shapes, on a library that watches itself."""
 
 from __future__ import annotations
 

@@ -484,12 +484,16 @@ def test_grouped_heads(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", "cpu"])
-def test_heads_of_an_additive_score(impl: str) -> None:
+@pytest.mark.parametrize("leading", [(), (2,), (2, 2)])
+def test_heads_of_an_additive_score(impl: str, leading: tuple[int, ...]) -> None:
     score = regard.Additive(QUERY_DIM, KEY_DIM, 8, heads=3, weight_norm=True)
-    query, key, value = torch.randn(2, 4, QUERY_DIM), torch.randn(2, 7, KEY_DIM), torch.randn(2, 7, 3)
-    mask = regard.Lengths(torch.tensor([7, 2]))
-    out = regard.attend(query, key, value, score, mask, impl=impl)
-    assert out.shape == (2, 3, 4, 3)
+    query, key = torch.randn(*leading, 4, QUERY_DIM), torch.randn(*leading, 7, KEY_DIM)
+    value = torch.randn(*leading, 7, 3)
+    mask = regard.Lengths(torch.tensor([7, 2])) if leading else None
+    seen = regard.attention(query, key, value, score, mask, impl=impl)
+    out = seen.out
+    assert out.shape == (*leading, 3, 4, 3)
+    torch.testing.assert_close(seen.weights() @ value.unsqueeze(-3), out)
     one = regard.Additive(QUERY_DIM, KEY_DIM, 8)
     assert score.g is not None
     for head in range(3):
@@ -502,7 +506,8 @@ def test_heads_of_an_additive_score(impl: str) -> None:
                 "w_v.weight": (score.g[head] * v / v.norm())[None],
             }
         )
-        torch.testing.assert_close(out[:, head], regard.attend(query, key, value, one, mask, impl="reference"))
+        alone = regard.attend(query, key, value, one, mask, impl="reference")
+        torch.testing.assert_close(out[..., head, :, :], alone)
 
 
 # --- Bias.

@@ -7,7 +7,9 @@ import pytest
 from benchmarks.memory import CASES, peak
 
 
-@pytest.mark.parametrize(("case", "impl"), [*((case, "auto") for case in CASES), ("scaled dot", "chunked")])
+@pytest.mark.parametrize(
+    ("case", "impl"), [*((case, "auto") for case in CASES), ("scaled dot", "chunked"), ("additive, dropout", "chunked")]
+)
 def test_linear_and_under_100_megabytes(case: str, impl: str) -> None:
     short, long = peak(case, impl, 1024), peak(case, impl, 2048)
     assert long < 100

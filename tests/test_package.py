@@ -90,7 +90,7 @@ LAYERS = (
     ("kernels",),
     ("attended",),
     ("functional", "look"),
-    ("modules", "pooling", "demos.encoder_decoder", "demos.dictionary"),
+    ("modules", "pooling", "decoding", "demos.encoder_decoder", "demos.dictionary"),
     ("d2l", "demos"),
     ("cli", ""),
     ("__main__",),

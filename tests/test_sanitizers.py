@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
-FLAGS = "-std=c++17 -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-exceptions -fPIC".split()
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+FLAGS = ["-std=c++17", "-O1", *SANITIZE, "-fno-exceptions", "-fPIC"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 LEVELS = {
     "baseline": [],

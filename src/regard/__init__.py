@@ -1,6 +1,7 @@
 """Attention with any scoring function, exact and fast, and a clear view of what it looked at."""
 
 from regard.attended import Attended
+from regard.decoding import Memory
 from regard.functional import Explanation, attend, attention, explain, weights
 from regard.masks import Causal, Documents, Keep, Lengths, Mask, Prefix, Window
 from regard.modules import Attention, MultiHeadAttention
@@ -26,6 +27,7 @@ __all__ = [
     "Laplace",
     "Lengths",
     "Mask",
+    "Memory",
     "MultiHeadAttention",
     "Normalizer",
     "Prefix",

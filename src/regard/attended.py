@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.kernels import chunked, scored
 from regard.normalizers import Softmax
 from regard.problem import Indices, Problem
+from regard.reference import AdditivePair
 from regard.transforms import versions
 
 
@@ -25,6 +26,16 @@ class Attended:
     problem: Problem
     known_lse: Tensor | None = None  # where it came by the way
     versions: tuple[int, ...] = field(init=False)
+
+    @classmethod
+    def of(cls, problem: Problem, out: Tensor, lse: Tensor | None) -> Attended:
+        """What came of a problem."""
+        problem = problem._replace(prepared=None)
+        if isinstance(problem.pair, AdditivePair):  # the weights are this call's, whatever an optimizer does to v
+            problem = problem._replace(pair=problem.pair._replace(v=problem.pair.v.clone()))
+        if not torch.is_grad_enabled():  # nor are they to record gradients when they are read, wherever that is
+            problem = problem.replaced([x.detach() for x in problem.differentiable()])
+        return cls(out, problem, lse)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "versions", versions(_tensors(self.problem)))

@@ -21,6 +21,11 @@ class Dropout(NamedTuple):
     seed: Tensor
     first_row: int = 0
 
+    @classmethod
+    def drawn(cls, p: float) -> Dropout | None:
+        """With a seed of torch's generator; None where nothing is dropped."""
+        return cls(p, torch.randint(-(2**63), 2**63 - 1, ())) if p > 0 else None
+
     def kept(self, leading: tuple[int, ...], rows: int, keys: int, device: torch.device) -> Tensor:
         """(*leading, rows, keys): 0 where a weight is dropped, 1 / (1 − p) where it is kept."""
         maps = torch.arange(prod(leading), device=device).reshape(*leading, 1, 1)

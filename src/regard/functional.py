@@ -19,7 +19,7 @@ from regard.intervals import Grid, Intervals
 from regard.masks import Mask, as_mask, broadcasts
 from regard.normalizers import Normalizer, Softmax
 from regard.problem import Indices, Problem
-from regard.reference import AdditivePair, FunctionPair
+from regard.reference import FunctionPair
 from regard.scores import ScaledDot, Score
 from regard.transforms import autocasting
 from regard.visible import blank, seeing_rows, seen_keys, shared_keys
@@ -90,11 +90,7 @@ def attention(
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
     out, lse = kernels.choose(problem, impl).run(problem)
-    if isinstance(problem.pair, AdditivePair):  # the weights are this call's, whatever an optimizer does to v meanwhile
-        problem = problem._replace(pair=problem.pair._replace(v=problem.pair.v.clone()))
-    if not torch.is_grad_enabled():  # nor are the weights to record gradients when they are read, wherever that is
-        problem = problem.replaced([x.detach() for x in problem.differentiable()])
-    return Attended(out, problem, lse)
+    return Attended.of(problem, out, lse)
 
 
 def weights(
@@ -175,7 +171,7 @@ def lower(
     """Check, blank, project: from what a user says to what an implementation may see."""
     grid = _check(query, key, value, score, bias, normalizer, dropout_p, enable_gqa)
     if autocasting(query):
-        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        query, key, value = autocast(query), autocast(key), autocast(value)
     query, key, value, intervals, keep, shared = blanked(query, key, value, mask, grid, score.heads > 1)
     query, key, pair = score.project_query(query), score.project_key(key), score.pair()
     if query.shape[-1] != key.shape[-1] and not isinstance(pair, FunctionPair):
@@ -194,7 +190,7 @@ def lower(
         keep=keep,
         shared=shared,
         bias=bias,
-        dropout=Dropout(dropout_p, torch.randint(-(2**63), 2**63 - 1, ())) if dropout_p > 0 else None,
+        dropout=Dropout.drawn(dropout_p),
     )
 
 
@@ -310,6 +306,6 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
         ) from None
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, as scaled_dot_product_attention casts its inputs."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x

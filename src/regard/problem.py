@@ -123,7 +123,7 @@ class Problem(NamedTuple):
 
     def select(self, rows: Indices | None, heads: Indices | None) -> Problem:
         """The problem of some query rows and some heads (dimension −3 of the output), without dropout."""
-        problem = self._replace(dropout=None)
+        problem = self._replace(dropout=None, prepared=None)
         if rows is not None:
             problem = problem._select_rows(rows)
         return problem if heads is None else problem._select_heads(heads)

@@ -89,7 +89,7 @@ def lowered(pair: Pair, query: Tensor, key: Tensor) -> Sides:
 
 def arguments(problem: Problem) -> tuple[Sides, Rest]:
     """A problem as `attend` takes it."""
-    leading, dropout = problem.leading, problem.dropout
+    leading, dropout = _with_batch(problem.leading, problem.pair), problem.dropout
     grouped = leading
     if leading and problem.key.dim() > 2 and problem.key.shape[-3] != 1:
         grouped = (*leading[:-1], problem.key.shape[-3])
@@ -126,8 +126,6 @@ def attend(problem: Problem, prepared: Tensor | None = None) -> tuple[Tensor, Te
     """out (*leading, Lq, Dv) and log-sum-exp (*leading, Lq) of a problem, by the operator."""
     sides, rest = arguments(problem)
     out, lse = torch.ops.regard.attend.default(*sides, *rest, prepared)
-    if len(problem.leading) == 1:
-        return out.squeeze(1), lse.squeeze(1)
     return out.reshape(*problem.leading, *out.shape[-2:]), lse.reshape(*problem.leading, lse.shape[-1])
 
 
@@ -136,8 +134,14 @@ def scores(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if isinstance(pair, AdditivePair) and pair.v.dim() > 2:
         leading = torch.broadcast_shapes(leading, pair.v.shape[:-3])
-    s = torch.ops.regard.scores(*lowered(pair, batch_heads(a, leading), batch_heads(b, leading)))
+    laid = _with_batch(leading, pair)
+    s = torch.ops.regard.scores.default(*lowered(pair, batch_heads(a, laid), batch_heads(b, laid)))
     return s.reshape(*leading, *s.shape[-2:])
+
+
+def _with_batch(leading: tuple[int, ...], pair: Pair) -> tuple[int, ...]:
+    """The leading dimensions, and a batch of one where the only one there is counts the pair's own heads."""
+    return (1, *leading) if len(leading) == 1 and isinstance(pair, AdditivePair) and pair.v.dim() > 2 else leading
 
 
 class FusedAdditivePair(AdditivePair):
@@ -314,16 +318,15 @@ def _of_gradients(
             None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             for x in (*inputs, *grads)
         ]
-        inputs, grads = leaves[: len(inputs)], [x for x in leaves[len(inputs) :] if x is not None]
-        by = [n for n, x in enumerate(inputs) if x is not None and wanted[n]]
-        first = torch.autograd.grad(
-            compute(*inputs), [inputs[n] for n in by], grads, create_graph=True, materialize_grads=True
-        )
+        results = compute(*leaves[: len(inputs)])
+        by = [(x, cotangent) for x, want, cotangent in zip(leaves, wanted, cotangents, strict=False) if want]
+        by = [(x, cotangent) for x, cotangent in by if x is not None]
         present = [x for x in leaves if x is not None]
+        first = torch.autograd.grad(
+            results, [x for x, _ in by], present[-len(grads) :], create_graph=True, materialize_grads=True
+        )
         found = iter(
-            torch.autograd.grad(
-                first, present, [cotangents[n] for n in by], create_graph=create_graph, allow_unused=True
-            )
+            torch.autograd.grad(first, present, [c for _, c in by], create_graph=create_graph, allow_unused=True)
         )
     return tuple(None if x is None else next(found) for x in leaves)
 

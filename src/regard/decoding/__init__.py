@@ -1,0 +1,5 @@
+"""Attention one step at a time: what a decoder asks with each of its queries."""
+
+from regard.decoding.memory import Memory
+
+__all__ = ["Memory"]
