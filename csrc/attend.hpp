@@ -81,9 +81,12 @@ void choose_paths(const Sizes& sizes, const Keys& keys, int tile, Scratch& s) {
 template <class Pair, Path path, int R, int C>
 inline void add_groups(const float* rows, int units, const float* keys, const float* folded, float slope, int first,
                        int last, Lanes (&sums)[R][C]) {
-    for (int g = first; g < last; ++g)
+    for (int g = first; g < last; ++g) {
+        if constexpr (R == 1)
+            for (int n = 0; n < GROUP * PANEL; n += LINE) prefetch(keys + (g + AHEAD) * GROUP * PANEL + n);
         Pair::template add<path, R, C>(rows + g * GROUP, units, keys + g * GROUP * PANEL, folded + g * GROUP, sums,
                                        slope);
+    }
 }
 
 template <class Pair, int R>

@@ -45,6 +45,8 @@ inline Lanes reciprocal(Lanes a) {  // for |a| in 1 .. 2^126: 14 bits, and a ste
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.x); }
 inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.x); }
 
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
 // 32-bit words in lanes of 64 bits, whose upper halves mean nothing.
 struct Words {
     static constexpr int width = 8;
@@ -99,6 +101,8 @@ inline float largest(Lanes a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 struct Words {
     static constexpr int width = 4;
@@ -161,6 +165,8 @@ inline float largest(Lanes a) {
     return c.x[0] > c.x[1] ? c.x[0] : c.x[1];
 }
 
+inline void prefetch(const float*) {}
+
 struct Words {
     static constexpr int width = 1;
     uint64_t x;
@@ -179,6 +185,8 @@ inline Words side_by_side(Words low, Words high) { return {(low.x & 0xffffffff) 
 // min and max give their second operand where either is NaN, at every level: what may be NaN goes second.
 
 constexpr int W = Lanes::width;
+constexpr int LINE = 16;  // floats in a line of the cache
+constexpr int AHEAD = 8;  // steps that one row alone, which waits for memory, prefetches
 constexpr float LOG2_E = 1.44269504088896341f;
 
 // e^(x + rest), 0 below 2^-126 and inf above 2^128, to one unit in the last place; `rest` is what x was rounded by.

@@ -108,10 +108,10 @@ public:
     template <class LayOut>
     explicit Arena(LayOut lay_out) {
         lay_out(*this);
-        size_ = used_ + LINE;
+        size_ = used_ + ALIGNMENT;
         whole_ = std::malloc(size_);
         if (!whole_) return;
-        used_ = LINE - reinterpret_cast<uintptr_t>(whole_) % LINE;
+        used_ = ALIGNMENT - reinterpret_cast<uintptr_t>(whole_) % ALIGNMENT;
         lay_out(*this);
     }
     ~Arena() {
@@ -124,7 +124,8 @@ public:
 
     template <class T>
     T* take(int64_t count) {
-        const size_t bytes = static_cast<size_t>(count) * sizeof(T), whole = (bytes + LINE - 1) / LINE * LINE + GAP;
+        const size_t bytes = static_cast<size_t>(count) * sizeof(T),
+                     whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + GAP;
         char* piece = whole_ ? static_cast<char*>(whole_) + used_ : nullptr;
         if (piece) ASAN_POISON_MEMORY_REGION(piece + bytes, whole - bytes);
         used_ += whole;
@@ -132,7 +133,7 @@ public:
     }
 
 private:
-    static constexpr size_t LINE = 64;
+    static constexpr size_t ALIGNMENT = LINE * sizeof(float);
     void* whole_ = nullptr;
     size_t size_ = 0, used_ = 0;
 };
