@@ -45,7 +45,7 @@ from regard.demos.pronounce import replacing
 
 THREADS = (1, 2)
 ROUNDS, FEWEST = 101, 5
-SECONDS, BLOCK = 3.0, 0.002  # of a contestant: after so many it may leave, and each round takes at least so many
+SECONDS, BLOCK = 3.0, 0.02  # of a contestant: after so many it may leave, and each round takes at least so many
 OUTPUT = 2e-5  # error allowed: the largest, of the largest value
 GRADIENT = {"additive": 1e-4, "GATv2": 1e-3, "L1": 1e-3}  # the norm's, of the norm: at a kink single elements jump
 CHECKED = 2**23  # elements of Lq × Lk × hidden that are checked; of a larger case, some of the query rows

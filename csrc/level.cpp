@@ -1,15 +1,39 @@
 // One instruction set: compiled once for each, with REGARD_LEVEL its name.
 #include "level.hpp"
 
+#include <atomic>
+
 #include "attend.hpp"
 
 namespace {
 
-// body(queue) of the numbers below count, on all threads.
-template <class Body>
-void share(const regard_threads& threads, int64_t count, Body& body) {
-    regard_queue queue(count);
-    threads.run(queue, [](regard_queue& numbers, void* context) { (*static_cast<Body*>(context))(numbers); }, &body);
+// The numbers 0 .. count, which threads take one by one, for rows differ in how many keys they see; and a gate for what
+// needs them all.
+class Stage {
+public:
+    explicit Stage(int64_t count) : count(count) {}
+    const int64_t count;
+
+    // work(n) of the numbers that this thread gets to take.
+    template <class Work>
+    void run(Work work) {
+        for (int64_t n; (n = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
+            work(n);
+            done_.fetch_add(1, std::memory_order_release);
+        }
+    }
+    void wait(const regard_threads& threads) const {
+        while (done_.load(std::memory_order_acquire) < count) threads.yield();
+    }
+
+private:
+    std::atomic<int64_t> next_{0}, done_{0};
+};
+
+// work() on all threads, at most `most`.
+template <class Work>
+void on_threads(const regard_threads& threads, int64_t most, Work& work) {
+    threads.run([](void* context) { (*static_cast<Work*>(context))(); }, &work, most);
 }
 
 // Keys are laid out once for each that differ.
@@ -20,50 +44,56 @@ struct Layout {
         : outer(p.key.outer == 0 ? 1 : p.outer),
           groups(p.key.inner == 0 ? 1 : p.inner / p.group),
           each(Keys::count(Sizes(p))) {}
+    int64_t distinct() const { return outer * groups; }
     int64_t index(const Place& at) const { return (outer == 1 ? 0 : at.outer) * groups + (groups == 1 ? 0 : at.group); }
 };
 
+// The n-th of the keys that differ.
 template <class Pair>
-int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first, float* prepared,
-                float* blocked) {
-    const Layout layout(p);
-    const int64_t outer = p.prepared ? p.prepared_outer : layout.groups * layout.each;
-    const int64_t inner = p.prepared ? p.prepared_inner : layout.each;
+bool prepare_one(const regard_problem& p, const Layout& layout, int64_t n, int64_t first, float* prepared,
+                 float* blocked) {
     const Sizes sizes(p);
+    const Place at = Place::of_keys(n / layout.groups, n % layout.groups);
+    const int64_t where = p.prepared ? at.outer * p.prepared_outer + at.group * p.prepared_inner : n * layout.each;
+    return prepare<Pair>(p, at, first, prepared + where, blocked ? blocked + n * sizes.keys * sizes.padded() : nullptr);
+}
+
+template <class Pair>
+int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first) {
+    const Layout layout(p);
+    Stage preparing(layout.distinct());
     std::atomic<bool> fine{true};
-    auto some = [&](regard_queue& queue) {
-        for (int64_t n; queue.take(n);) {
-            float* in_blocks = blocked ? blocked + n * sizes.keys * sizes.padded() : nullptr;
-            const Place at = Place::of_keys(n / layout.groups, n % layout.groups);
-            if (!prepare<Pair>(p, at, first, prepared + at.outer * outer + at.group * inner, in_blocks)) fine = false;
-        }
+    auto work = [&] {
+        preparing.run([&](int64_t n) {
+            if (!prepare_one<Pair>(p, layout, n, first, p.prepared, nullptr)) fine = false;
+        });
     };
-    share(threads, layout.outer * layout.groups, some);
+    on_threads(threads, preparing.count, work);
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
 }
 
-// run(p, keys, map, scratch) for every ROWS rows of every map.
-template <class Pair, class Run>
-int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
+// compute(p, keys, map, scratch) for every ROWS rows of every map.
+template <class Pair, class Compute>
+int by_rows(const regard_problem& p, const regard_threads& threads, Compute compute) {
     const Layout layout(p);
-    const int64_t prepared_size = p.prepared ? 0 : layout.outer * layout.groups * layout.each;
-    float* prepared;
-    Arena arena([&](Arena& its) { prepared = its.take<float>(prepared_size); });
-    if (!arena) return REGARD_NO_MEMORY;
-    if (!p.prepared)
-        if (int failed = prepare_all<Pair>(p, threads, 0, prepared, nullptr)) return failed;
     const Sizes sizes(p);
-    const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
+    const int64_t distinct = p.prepared ? 0 : layout.distinct(), blocks = (p.queries + ROWS - 1) / ROWS;
+    float* prepared;
+    Arena arena([&](Arena& its) { prepared = its.take<float>(distinct * layout.each); });
+    if (!arena) return REGARD_NO_MEMORY;
+    Stage preparing(distinct), computing(p.outer * p.inner * blocks);
     std::atomic<bool> fine{true};
-    auto some = [&](regard_queue& queue) {
+    auto work = [&] {
+        preparing.run([&](int64_t n) {
+            if (!prepare_one<Pair>(p, layout, n, 0, prepared, nullptr)) fine = false;
+        });
         Scratch scratch{};
         Arena memory([&](Arena& its) { lay_out(its, p, false, scratch); });
-        if (!memory) {
-            fine = false;
-            return;
-        }
+        preparing.wait(threads);
+        if (!memory) fine = false;
+        if (!fine) return;
         int64_t folded = -1;
-        for (int64_t n; queue.take(n);) {
+        computing.run([&](int64_t n) {
             const int64_t map = n / blocks;
             const Place at(p, map);
             if (folded != map) fold<Pair>(p, sizes, at.inner, scratch.constants);
@@ -72,11 +102,11 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Run run) {
             scratch.rows.count = static_cast<int>(least<int64_t>(ROWS, p.queries - scratch.rows.first));
             const float* laid = p.prepared ? p.prepared + at.outer * p.prepared_outer + at.group * p.prepared_inner
                                            : prepared + layout.index(at) * layout.each;
-            run(p, Keys(laid, sizes), map, scratch);
-        }
+            compute(p, Keys(laid, sizes), map, scratch);
+        });
         threads.went(scratch.paths);
     };
-    share(threads, p.outer * p.inner * blocks, some);
+    on_threads(threads, computing.count, work);
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
 }
 
@@ -94,7 +124,7 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
     const int64_t units = threads.count() == 1 ? 1 : 2 * threads.count();  // that are wanted
     const int64_t splits =
         most<int64_t>(1, least(least((units + maps - 1) / most<int64_t>(1, maps), blocks), most_splits));
-    const int64_t distinct = layout.outer * layout.groups;
+    const int64_t distinct = layout.distinct();
     // One unit needs its sums only until they are written; several keep them until all are done.
     const int64_t waiting = splits == 1 ? 0 : maps * splits;
     float *prepared, *blocked, *all_keys, *all_values;
@@ -105,7 +135,6 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
         all_v = its.take<double>(waiting * (n + 1));
     });
     if (!arena) return REGARD_NO_MEMORY;
-    if (int failed = prepare_all<Pair>(p, threads, 0, prepared, blocked)) return failed;
 
     auto write = [&](int64_t map, const float* v, const float* keys, const float* values, const double* grad_v) {
         for (int64_t j = 0; p.grad_key && j < p.keys; ++j)
@@ -119,8 +148,12 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             for (int64_t h = 0; h < p.hidden; ++h)
                 p.grad_v[map * p.hidden + h] = static_cast<float>(Pair::v_gradient(grad_v[h], grad_v[n]));
     };
+    Stage preparing(distinct), computing(maps * splits), gathering(waiting ? maps : 0);
     std::atomic<bool> fine{true};
-    auto some = [&](regard_queue& queue) {
+    auto work = [&] {
+        preparing.run([&](int64_t key) {
+            if (!prepare_one<Pair>(p, layout, key, 0, prepared, blocked)) fine = false;
+        });
         Scratch scratch{};
         float *own_keys, *own_values;
         double* own_v;
@@ -130,11 +163,10 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             own_keys = its.take<float>(own * keys_size), own_values = its.take<float>(own * values_size);
             own_v = its.take<double>(own * (n + 1));
         });
-        if (!memory) {
-            fine = false;
-            return;
-        }
-        for (int64_t unit; queue.take(unit);) {
+        preparing.wait(threads);
+        if (!memory) fine = false;
+        computing.run([&](int64_t unit) {
+            if (!fine) return;
             const int64_t map = unit / splits, split = unit % splits;
             const Place at(p, map);
             Sums sums{waiting ? all_keys + unit * keys_size : own_keys,
@@ -154,14 +186,11 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             }
             sums.v[n] = sums.g;
             if (!waiting) write(map, scratch.constants.v, sums.keys, sums.values, sums.v);
-        }
+        });
         threads.went(scratch.paths);
-    };
-    share(threads, maps * splits, some);
-    if (!fine) return REGARD_NO_MEMORY;
-    if (!waiting) return REGARD_OK;
-    auto gather = [&](regard_queue& queue) {
-        for (int64_t map; queue.take(map);) {
+        if (gathering.count == 0) return;
+        computing.wait(threads);
+        gathering.run([&](int64_t map) {
             float *keys = all_keys + map * splits * keys_size, *values = all_values + map * splits * values_size;
             double* v = all_v + map * splits * (n + 1);
             for (int64_t split = 1; split < splits; ++split) {
@@ -170,10 +199,10 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
                 for (int64_t i = 0; i <= n; ++i) v[i] += v[split * (n + 1) + i];
             }
             write(map, p.v ? p.v + map % p.inner % p.v_heads * p.hidden : nullptr, keys, values, v);
-        }
+        });
     };
-    share(threads, maps, gather);
-    return REGARD_OK;
+    on_threads(threads, computing.count, work);
+    return fine ? REGARD_OK : REGARD_NO_MEMORY;
 }
 
 template <class Run>
@@ -189,8 +218,7 @@ int with_pair(const regard_problem& p, Run run) {
 int64_t prepared_count(const regard_problem* p) { return Layout(*p).each; }
 
 int prepare_keys(const regard_problem* p, const regard_threads* threads, int64_t first) {
-    return with_pair(*p,
-                     [&](auto pair) { return prepare_all<decltype(pair)>(*p, *threads, first, p->prepared, nullptr); });
+    return with_pair(*p, [&](auto pair) { return prepare_all<decltype(pair)>(*p, *threads, first); });
 }
 
 int forward(const regard_problem* p, const regard_threads* threads) {

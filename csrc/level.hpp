@@ -1,25 +1,15 @@
 // What one instruction set offers, and how work is shared among threads.
 #pragma once
 
-#include <atomic>
-
 #include "regard.h"
 
-// The numbers 0 .. count, which threads take one by one: rows differ in how many keys they see.
-struct regard_queue {
-    std::atomic<int64_t> next{0};
-    int64_t count;
-
-    explicit regard_queue(int64_t count) : count(count) {}
-    bool take(int64_t& n) { return (n = next.fetch_add(1, std::memory_order_relaxed)) < count; }
-};
-
-// Runs body(queue, context) on as many threads as there are, at most `queue.count`; and how many that are.
-typedef void (*regard_body)(regard_queue&, void* context);
+// Runs body(context) on as many threads as there are, at most `most` of them; how many there are; lets others go first;
+// and takes note of Scratch::paths.
 struct regard_threads {
-    void (*run)(regard_queue&, regard_body, void* context);
+    void (*run)(void (*body)(void* context), void* context, int64_t most);
     int64_t (*count)();
-    void (*went)(const int64_t paths[3]);  // takes note of Scratch::paths
+    void (*yield)();
+    void (*went)(const int64_t paths[3]);
 };
 
 struct regard_level {

@@ -1,6 +1,9 @@
 // What the library exports: the same functions at the best instruction set that this processor has.
 #include "level.hpp"
 
+#include <atomic>
+#include <thread>
+
 #if defined(REGARD_X86) && defined(_MSC_VER)
 #include <immintrin.h>
 #include <intrin.h>
@@ -41,7 +44,7 @@ int best_level() { return 0; }
 
 int level = best_level();
 
-void run_serially(regard_queue& queue, regard_body body, void* context) { body(queue, context); }
+void run_serially(void (*body)(void*), void* context, int64_t) { body(context); }
 int64_t one_thread() { return 1; }
 
 // torch's own threads, once regard_use_threads has said where they are.
@@ -56,19 +59,20 @@ int64_t torch_threads() {
     return get_num_threads(&count) == 0 ? count : 1;
 }
 
-void run_on_torch_threads(regard_queue& queue, regard_body body, void* context) {
+void run_on_torch_threads(void (*body)(void*), void* context, int64_t most) {
     struct Task {
-        regard_queue& queue;
-        regard_body body;
+        void (*body)(void*);
         void* context;
-    } task{queue, body, context};
+    } task{body, context};
     const int64_t threads = torch_threads();
     const auto one = [](int64_t, int64_t, void* given) {
-        Task& its = *static_cast<Task*>(given);
-        its.body(its.queue, its.context);
+        const Task& its = *static_cast<Task*>(given);
+        its.body(its.context);
     };
-    parallel_for(0, queue.count < threads ? queue.count : threads, 1, one, &task);
+    parallel_for(0, most < threads ? most : threads, 1, one, &task);
 }
+
+void yield() { std::this_thread::yield(); }
 
 std::atomic<int64_t> paths[3];
 
@@ -77,8 +81,8 @@ void note_paths(const int64_t taken[3]) {
 }
 
 regard_threads threads() {
-    if (parallel_for && !serial) return {run_on_torch_threads, torch_threads, note_paths};
-    return {run_serially, one_thread, note_paths};
+    if (parallel_for && !serial) return {run_on_torch_threads, torch_threads, yield, note_paths};
+    return {run_serially, one_thread, yield, note_paths};
 }
 
 }  // namespace
