@@ -406,7 +406,7 @@ def per_sample(
     _reject_non_integers(values, name)
     least = -1
     if limit is not None and may_look_at(values) and values.numel():
-        found = values.flatten().tolist()
+        found = (values if values.dim() == 1 else values.flatten()).tolist()
         least = min(found)
         _reject_outside(least, max(found), name, limit)
     batch = grid.leading[:1]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant, everything, is_int
 
+ZERO = torch.zeros(())  # a tensor, for torch would make one of a number in every call
+
 
 def blank(x: Tensor, alive: Tensor | None, heads_to_come: bool) -> Tensor:
     """x (..., L, D) with zeros in the rows where `alive` is False for every leading index that shares them.
@@ -29,7 +31,7 @@ def blank(x: Tensor, alive: Tensor | None, heads_to_come: bool) -> Tensor:
         ours, theirs = x.shape[dim], alive.shape[dim]
         if theirs not in (1, ours):  # x is shared along this dimension, by all or by groups of heads
             alive = alive.unflatten(dim, (ours, theirs // ours)).any(dim)
-    return torch.where(alive, x, 0)
+    return torch.where(alive, x, ZERO)
 
 
 def shared_keys(intervals: Intervals | None, keep: Tensor | None, grid: Grid) -> Tensor | None:
