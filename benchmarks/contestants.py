@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -33,10 +33,16 @@ class Case:
     passes: tuple[str, ...] = (FORWARD, BACKWARD)
     score: str = "additive"
     heads: int = 1
+    note: str = ""
 
     def __str__(self) -> str:
         sizes = f"{self.batch} × {self.queries:,} × {self.keys:,}, hidden {self.hidden}"
-        return sizes + f", {self.heads} heads" * (self.heads > 1) + f", {self.score}" * (self.score != "additive")
+        return (
+            sizes
+            + f", {self.heads} heads" * (self.heads > 1)
+            + f", {self.score}" * (self.score != "additive")
+            + self.note
+        )
 
     @property
     def elements(self) -> int:
@@ -101,6 +107,25 @@ def by_regard(given: Given, variation: Variation, impl: str) -> Call:
     """The mask is made in each call, since the lengths of a batch come with it."""
     query, key, value, score, (mask, dropout_p) = given.query, given.key, given.value, given.score, variation
     return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=dropout_p, impl=impl)
+
+
+class Projected(regard.Additive):
+    """An additive score of what is projected already."""
+
+    def project_query(self, query: Tensor) -> Tensor:
+        return query
+
+    def project_key(self, key: Tensor) -> Tensor:
+        return key
+
+
+def projected(given: Given) -> Given:
+    """The same, its queries and keys projected already."""
+    score = Projected(1, 1, given.case.hidden)
+    assert isinstance(given.score, regard.Additive)
+    score.w_v = given.score.w_v
+    query, key = given.score.project_query(given.query), given.score.project_key(given.key)
+    return replace(given, score=score, query=query.detach(), key=key.detach())
 
 
 def by_memory(given: Given, variation: Variation) -> Call:
@@ -187,8 +212,10 @@ class Contestant(NamedTuple):
 CONTESTANTS = {
     "regard": Contestant("regard", partial(by_regard, impl=IMPL)),
     "auto": Contestant("regard", partial(by_regard, impl="auto")),
+    "regard alone": Contestant("regard", lambda given, variation: by_regard(projected(given), variation, IMPL)),
     "Memory": Contestant("regard", by_memory),
     "SDPA": Contestant("dot products", by_sdpa),
+    "SDPA alone": Contestant("dot products", lambda given, variation: by_sdpa(projected(given), variation)),
     "softmax(q·Kᵀ)·V": Contestant("dot products", by_dot_step),
     "textbook": Contestant("as written", by_textbook),
     "textbook step": Contestant("as written", by_textbook_step),
