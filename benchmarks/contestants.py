@@ -34,6 +34,7 @@ class Case:
     score: str = "additive"
     heads: int = 1
     note: str = ""
+    constants: bool = False  # whether inputs are, so that gradients are of parameters alone
 
     def __str__(self) -> str:
         sizes = f"{self.batch} × {self.queries:,} × {self.keys:,}, hidden {self.hidden}"
@@ -64,7 +65,8 @@ class Given:
     @property
     def leaves(self) -> dict[str, Tensor]:
         """What gradients are taken by."""
-        return {"query": self.query, "key": self.key, "value": self.value, **dict(self.score.named_parameters())}
+        inputs = {"query": self.query, "key": self.key, "value": self.value}
+        return {name: x for name, x in inputs.items() if x.requires_grad} | dict(self.score.named_parameters())
 
 
 def draw(case: Case) -> Given:
@@ -72,8 +74,8 @@ def draw(case: Case) -> Given:
     n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
     additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
     score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
-    query = torch.randn(case.batch, case.queries, n, requires_grad=True)
-    key, value = (torch.randn(case.batch, case.keys, n, requires_grad=True) for _ in range(2))
+    lengths = (case.queries, case.keys, case.keys)
+    query, key, value = (torch.randn(case.batch, each, n, requires_grad=not case.constants) for each in lengths)
     return Given(case, score, query, key, value, lens.clamp(min=1))
 
 

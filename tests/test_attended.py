@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import IMPLEMENTATIONS, score_for
+from torch import Tensor
 
 import regard
 from regard import Attended, kernels
+from regard.kernels import cpu, ops
+from regard.reference import Pair
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +139,33 @@ def test_weights_of_inputs_written_to_since_are_an_error() -> None:
         written[0, 0] = 0
         with pytest.raises(RuntimeError, match="written to since"):
             seen.weights()
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="regard was installed without its C++ library")
+def test_additive_weights_are_read_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    score, x = regard.Additive(4, 4, 6, heads=2), torch.randn(2, 9, 4)
+    mask = regard.Causal() & regard.Lengths(torch.tensor([9, 4]))
+    seen = regard.attention(x, x, x, score, mask, impl="cpu")
+    plain = seen.problem.weights()
+    calls: list[tuple[int, ...]] = []
+
+    def counted(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
+        calls.append(tuple(a.shape))
+        return by_kernel(pair, a, b)
+
+    by_kernel = ops.scores
+    monkeypatch.setattr(ops, "scores", counted)
+    for read, true in (
+        (lambda: seen.weights(rows=[3, 8], heads=[1]), plain[:, 1:, [3, 8]]),
+        (seen.key_mass, plain.sum(-2)),
+        (seen.entropy, -torch.special.xlogy(plain, plain).sum(-1)),
+        (lambda: seen.top_k(2)[0], plain.topk(2).values),
+        (lambda: regard.weights(x, x, score, mask, rows=[2]), plain[..., [2], :]),
+    ):
+        calls.clear()
+        torch.testing.assert_close(read(), true)
+        assert calls  # not by the whole queries × keys × hidden tensor
+    calls.clear()
+    assert seen.lse is not None
+    assert calls == []  # it came with the output
+    torch.testing.assert_close(seen.lse, seen.problem.log_sum_exp().squeeze(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from regard import reference
 from regard.dropout import Dropout
 from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant
-from regard.normalizers import Normalizer
+from regard.normalizers import Normalizer, Softmax
 from regard.reference import Pair
+
+plain_softmax = partial(torch.softmax, dim=-1)
 
 
 class Problem(NamedTuple):
@@ -50,6 +53,15 @@ class Problem(NamedTuple):
         width = 1 if getattr(self.pair, "fused", False) else max(1, self.query.shape[-1])
         return prod(self.leading) * self.keys * width * max(4, self.query.itemsize)
 
+    @property
+    def may_have_empty_rows(self) -> bool:
+        """False where softmax meets no row of −inf only, as is plain to see: it is faster where it need not ask."""
+        pair = self.pair
+        bounded = isinstance(pair, reference.AdditivePair) and pair.activation in ("tanh", "sigmoid")
+        if not bounded or self.bias is not None or self.keep is not None or type(self.normalizer) is not Softmax:
+            return True
+        return not all(held for _, _, held in self.intervals or ())
+
     def allowed(self) -> Tensor | None:
         """Bool, broadcasting to (*leading, Lq, Lk): intervals and keep in one; None allows all."""
         if self.shared is not None:
@@ -67,7 +79,8 @@ class Problem(NamedTuple):
         if self.dropout is not None:
             kept = self.dropout.kept(self.leading, self.queries, self.keys, self.query.device)
         q, k, v = self.query, self.key, self.value
-        out = reference.attend(q, k, v, self.pair, self.allowed(), self.bias, self.normalizer, kept)
+        normalize = self.normalizer if self.may_have_empty_rows else plain_softmax
+        out = reference.attend(q, k, v, self.pair, self.allowed(), self.bias, normalize, kept)
         return out if out.shape[:-2] == self.leading else out.expand(*self.leading, *out.shape[-2:])
 
     def weights(self) -> Tensor:

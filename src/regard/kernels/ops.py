@@ -198,7 +198,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 
 def gradients_of(sides: Sides, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Where the gradients of query, key and v go."""
-    v = sides.query.new_empty(0) if sides.v is None else sides.v
+    v = sides.query.new_empty(0, dtype=torch.float32) if sides.v is None else sides.v
     return gradient_of(sides.query, wanted), gradient_of(sides.key, wanted), gradient_of(v, wanted)
 
 
