@@ -365,7 +365,7 @@ def chart(results: Sequence[Result], facts: dict[str, Any]) -> Figure:
     ax = figure.subplots()
     for y, line in enumerate(lines.values()):
         ax.plot([min(line.values()), max(line.values())], [y, y], color="0.85", zorder=0)
-        for kind, milliseconds in line.items():
+        for kind, milliseconds in sorted(line.items(), key=lambda each: [*MARKS].index(each[0])):
             marker, colour, side = MARKS[kind]
             ax.plot(milliseconds, y, marker, color=colour)
             if line is max((each for each in lines.values() if kind in each), key=len):  # there, among its like

@@ -371,7 +371,8 @@ def test_doctor_says_versions_and_what_is_available(capsys: pytest.CaptureFixtur
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert told["regard"] == regard.__version__
     assert told["torch"].startswith(torch.__version__)
-    assert torch.backends.cpu.get_cpu_capability() in told["cpu"]
+    assert torch.backends.cpu.get_cpu_capability() in told["processor"]
+    assert told["kernels"] == (f"in C++ for {cpu.level()}" if cpu.LIBRARY else "not available: no C++ compiler worked")
     assert told["reference"] == told["chunked"] == "available"
     assert told["sdpa"].startswith("available, not for additive scores: ")
     assert all(told[name][0].isdigit() for name in cli.EXTRAS)
