@@ -82,7 +82,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def close(found: Tensor, true: Tensor) -> None:
+def assert_close(found: Tensor, true: Tensor) -> None:
     torch.testing.assert_close(found, true, rtol=2e-5, atol=2e-6)
 
 
@@ -148,18 +148,18 @@ def test_output_weights_and_gradients_are_those_of_attend(name: str, mask: str, 
     assert len(ran) == (QUERIES + 2) * (impl == "cpu")
     assert all(problem.prepared is not None for problem in ran)
     for out in (rows, steps, seen.out):
-        close(out, true)
+        assert_close(out, true)
     for found in (memory.weights(query), seen.weights()):
-        close(found, weights)
-    close(memory.weights(query[:, 1]), weights[..., 1, :])
-    close(memory.attention(query[:, 1]).out, true[..., 1:2, :])
+        assert_close(found, weights)
+    assert_close(memory.weights(query[:, 1]), weights[..., 1, :])
+    assert_close(memory.attention(query[:, 1]).out, true[..., 1:2, :])
     leaves, direction = [query, key, value, *score.parameters()], torch.randn_like(true)
     expected = torch.autograd.grad(true, leaves, direction, allow_unused=True)
     for out in (rows, steps):
         found = torch.autograd.grad(out, leaves, direction, allow_unused=True, retain_graph=True)
         for leaf, gradient, exact in zip(leaves, found, expected, strict=True):
             none = torch.zeros_like(leaf)
-            close(none if gradient is None else gradient, none if exact is None else exact)
+            assert_close(none if gradient is None else gradient, none if exact is None else exact)
 
 
 @pytest.mark.parametrize("normalizer", [regard.Sparsemax(), regard.Entmax15(), regard.Sigmoid()], ids=str)
@@ -167,7 +167,7 @@ def test_every_normalizer(normalizer: regard.Normalizer) -> None:
     score, query, key = regard.Additive(DIM, DIM, 8), draw(BATCH, DIM), draw(BATCH, KEYS, DIM)
     memory = regard.Memory(score, key, key, MASKS["lengths"], normalizer=normalizer)
     true = regard.attend(query[:, None], key, key, score, MASKS["lengths"], normalizer=normalizer)
-    close(memory.attend(query), true[:, 0])
+    assert_close(memory.attend(query), true[:, 0])
 
 
 LEADING = (
@@ -197,9 +197,9 @@ def test_leading_dimensions_broadcast(
     memory = regard.Memory(score, key[..., :10, :], value[..., :10, :], impl=impl)
     memory = memory.append(key[..., 10:11, :], value[..., 10:11, :])
     memory = memory.append(key[..., 11:, :], value[..., 11:, :])
-    close(memory.attend(query), true)
+    assert_close(memory.attend(query), true)
     if len(of_query) == max(len(of_key), len(of_value)):
-        close(memory.attend(query[..., 0, :]), true[..., 0, :])
+        assert_close(memory.attend(query[..., 0, :]), true[..., 0, :])
         assert memory.weights(query[..., 0, :]).shape == (*true.shape[:-2], 33)
 
 
@@ -214,7 +214,7 @@ def test_an_expanded_key_is_prepared_for_each_sample() -> None:
     key = torch.randn(1, 40, DIM).expand(200, -1, -1)
     query = torch.randn(200, 1, DIM)
     memory = regard.Memory(Plain(), key, key, impl="reference" if cpu.LIBRARY is None else "cpu")
-    close(memory.attend(query), regard.attend(query, key, key, Plain(), impl="reference"))
+    assert_close(memory.attend(query), regard.attend(query, key, key, Plain(), impl="reference"))
 
 
 # --- Masks, and what they hide.
@@ -262,9 +262,11 @@ def test_a_further_mask_of_the_step(further: str, own: str) -> None:
     for impl in ("reference", *["cpu"] * (cpu.LIBRARY is not None)):
         memory = regard.Memory(score, key, value, MASKS[own], impl=impl)
         out = memory.attend(query, STEP_MASKS[further])
-        close(out, true)
-        close(*(torch.autograd.grad(x.square().sum(), score.W_q.weight, retain_graph=True)[0] for x in (out, true)))
-        close(memory.weights(query, STEP_MASKS[further]), regard.weights(query, key, score, whole))
+        assert_close(out, true)
+        assert_close(
+            *(torch.autograd.grad(x.square().sum(), score.W_q.weight, retain_graph=True)[0] for x in (out, true))
+        )
+        assert_close(memory.weights(query, STEP_MASKS[further]), regard.weights(query, key, score, whole))
 
 
 def test_a_mask_of_one_step_is_of_that_step() -> None:
@@ -315,12 +317,12 @@ def test_keys_come_one_by_one(name: str, grad: bool, offset: float, ran: list[Pr
             if n in CROSSED:
                 out = memory.attend(query)
                 part = key[:, :n], value[:, :n]
-                close(out, regard.attend(query[:, None], *part, score, impl="reference").squeeze(-2))
+                assert_close(out, regard.attend(query[:, None], *part, score, impl="reference").squeeze(-2))
                 kept.append((memory, out))
             memory = memory.append(key[:, n : n + 1], value[:, n : n + 1])
     for n, (earlier, out) in zip(CROSSED, kept, strict=True):  # what was appended since is nothing to those before
         assert len(earlier) == n
-        close(earlier.attend(query), out)
+        assert_close(earlier.attend(query), out)
     assert len(ran) == (2 * len(CROSSED) if impl == "cpu" else 0)
     assert all(problem.prepared is not None for problem in ran)
 
@@ -345,7 +347,7 @@ def test_masks_grow_too(of_old: str, of_new: str) -> None:
                 keys, mask = torch.cat(x[: n + 1], 1), regard.Keep(torch.cat(allowed[: n + 1], -1))
                 for step, whole in ((None, mask), (regard.Causal(), mask & regard.Causal())):
                     true = regard.attend(query, keys, keys, score, whole, impl="reference")
-                    close(memory.attend(query, step), true)
+                    assert_close(memory.attend(query, step), true)
 
 
 @needs_library
@@ -369,7 +371,7 @@ def test_two_that_append_to_one_do_not_see_each_other(prepared: list[int]) -> No
         forks.append(forks[0].append(left, left))
     for memory, parts in zip([base, *forks], [(), (left,), (right,), (left, right), (left, left)], strict=True):
         whole = torch.cat([keys, *parts], 1)
-        close(memory.attend(query), regard.attend(query[:, None], whole, whole, score)[:, 0])
+        assert_close(memory.attend(query), regard.attend(query[:, None], whole, whole, score)[:, 0])
     assert forks[0]._rows[0].data_ptr() == base._rows[0].data_ptr() == forks[2]._rows[0].data_ptr()
     assert len({forks[n]._rows[0].data_ptr() for n in (0, 1, 3)}) == 3
 
@@ -433,7 +435,7 @@ def test_auto_prepares_once_it_pays(ran: list[Problem]) -> None:
     with torch.no_grad():
         memory = regard.Memory(score, x[:, :1], x[:, :1])
         for n in range(1, 600):
-            close(memory.attend(query), regard.attend(query[:, None], x[:, :n], x[:, :n], score)[:, 0])
+            assert_close(memory.attend(query), regard.attend(query[:, None], x[:, :n], x[:, :n], score)[:, 0])
             memory = memory.append(x[:, n : n + 1], x[:, n : n + 1])
     ours = [problem for problem in ran if problem.prepared is not None]
     assert 0 < len(ours) < 600
@@ -449,7 +451,7 @@ def test_from_nothing() -> None:
         with torch.no_grad():
             for n in range(40):
                 memory = memory.append(x[:, n : n + 1], x[:, n : n + 1])
-        close(memory.attend(query), regard.attend(query[:, None], x, x, score).squeeze(-2))
+        assert_close(memory.attend(query), regard.attend(query[:, None], x, x, score).squeeze(-2))
 
 
 @pytest.mark.parametrize("name", ["additive", "heads", "bilinear", "learnable"])
@@ -464,9 +466,9 @@ def test_gradients_reach_every_key_appended(name: str) -> None:
         memory = memory.append(key[:, n + 1 : n + 2], value[:, n + 1 : n + 2])
     true = regard.attend(query, key, value, score, regard.Causal(), impl="reference")
     out, direction = torch.stack(steps, -2), torch.randn_like(true)
-    close(out, true)
+    assert_close(out, true)
     for found, exact in zip(*(torch.autograd.grad(x, leaves, direction) for x in (out, true)), strict=True):
-        close(found, exact)
+        assert_close(found, exact)
 
 
 def test_only_the_new_keys_may_need_gradients() -> None:
@@ -474,7 +476,7 @@ def test_only_the_new_keys_may_need_gradients() -> None:
     memory = regard.Memory(regard.ScaledDot(), old, old)
     found = torch.autograd.grad(memory.append(new, new).append(old, old).attend(query).sum(), new)[0]
     whole = torch.cat([old, new, old], 1)
-    close(found, torch.autograd.grad(regard.attend(query[:, None], whole, whole).sum(), new)[0])
+    assert_close(found, torch.autograd.grad(regard.attend(query[:, None], whole, whole).sum(), new)[0])
     with torch.no_grad():
         assert not memory.append(new, new).attend(query).requires_grad
 
@@ -499,13 +501,13 @@ def test_beams(name: str, impl: str) -> None:
             memory = memory.select(index)
             new, query = torch.randn(len(index), 1, DIM), torch.randn(len(index), DIM)
             mask = allowed if score.heads == 1 else allowed[:, None]
-            close(memory.attend(query), regard.attend(query[:, None], keys, keys, score, mask).squeeze(-2))
+            assert_close(memory.attend(query), regard.attend(query[:, None], keys, keys, score, mask).squeeze(-2))
             other = before.append(torch.randn(1, 1, DIM), torch.randn(1, 1, DIM))
             memory = memory.append(new, new)
             keys = torch.cat([keys, new], 1)
             allowed = torch.cat([allowed, torch.ones(len(index), 1, 1, dtype=torch.bool)], -1)
             mask = allowed if score.heads == 1 else allowed[:, None]
-            close(memory.attend(query), regard.attend(query[:, None], keys, keys, score, mask).squeeze(-2))
+            assert_close(memory.attend(query), regard.attend(query[:, None], keys, keys, score, mask).squeeze(-2))
             assert len(other) == len(memory)
 
 
@@ -534,18 +536,18 @@ def test_what_samples_share_is_not_copied_and_stays_apart() -> None:
         more = memory.append(key + 3, value + 3)
         memory = regard.Memory(regard.Dot(), key, value).append(key, value)
         beams = regard.Memory(regard.Dot(), key, key).select(torch.tensor([0, 0, 0]))
-        close(beams.attend(query), regard.attend(query[:, None], key, key, regard.Dot())[:, 0])
+        assert_close(beams.attend(query), regard.attend(query[:, None], key, key, regard.Dot())[:, 0])
         own = beams.append(value, value)
         wide = memory.append(value, value)
-    close(wide.attend(query), regard.attend(query[:, None], torch.cat([key.expand(3, -1, -1)] * 2 + [value], 1),
+    assert_close(wide.attend(query), regard.attend(query[:, None], torch.cat([key.expand(3, -1, -1)] * 2 + [value], 1),
                                             torch.cat([value] * 3, 1), regard.Dot())[:, 0])  # fmt: skip
     picked = value[[2, 0, 0]]
     for grown, n, first in ((ones, 1, picked), (twos, 2, picked), (more, 3, value)):
         values = torch.cat([first, first, (value + n)], 1)
         keys = torch.cat([key, key, key + n], 1)
-        close(grown.attend(query), regard.attend(query[:, None], keys, values, regard.Dot())[:, 0])
+        assert_close(grown.attend(query), regard.attend(query[:, None], keys, values, regard.Dot())[:, 0])
     whole = torch.cat([key.expand(3, -1, -1), value], 1)
-    close(own.attend(query), regard.attend(query[:, None], whole, whole, regard.Dot())[:, 0])
+    assert_close(own.attend(query), regard.attend(query[:, None], whole, whole, regard.Dot())[:, 0])
 
 
 def test_gradients_go_through_a_selection() -> None:
@@ -553,7 +555,7 @@ def test_gradients_go_through_a_selection() -> None:
     score, query = regard.Additive(DIM, DIM, 8), torch.randn(3, DIM)
     found = regard.Memory(score, x, x).select(index).attend(query)
     true = regard.attend(query[:, None], x[index], x[index], score)[:, 0]
-    close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, true)))
+    assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, true)))
 
 
 # --- It does not change.
@@ -599,7 +601,7 @@ def test_what_was_seen_may_be_read_after_more_was_appended() -> None:
     weights = memory.weights(query)
     with torch.no_grad():
         memory.append(x, x).append(x, x)
-    close(seen.weights()[:, 0], weights)
+    assert_close(seen.weights()[:, 0], weights)
     seen.out.sum().backward()
     assert query.grad is not None
     assert query.grad.isfinite().all()
@@ -633,7 +635,7 @@ def test_parameters_may_change_between_steps() -> None:
         for parameter in (score.W_q.weight, score.w_v.weight, score.g):
             assert parameter is not None
             parameter.mul_(-2)
-    close(memory.attend(query), regard.attend(query[:, None], x, x, score)[:, 0])
+    assert_close(memory.attend(query), regard.attend(query[:, None], x, x, score)[:, 0])
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -649,7 +651,7 @@ def test_copies(duplicate: Callable[[regard.Memory], regard.Memory]) -> None:
             keys = torch.cat([x, x, x + n], 1)
             allowed = torch.ones(2, 1, 90, dtype=torch.bool)
             allowed[0, 0, 3:30] = False
-            close(grown.attend(query), regard.attend(query[:, None], keys, keys, score, allowed)[:, 0])
+            assert_close(grown.attend(query), regard.attend(query[:, None], keys, keys, score, allowed)[:, 0])
 
 
 def test_a_pickle_holds_no_spare_room() -> None:
@@ -701,7 +703,7 @@ def test_to_the_same_is_as_it_was() -> None:
         same = memory.to("cpu").to(torch.float32)
         ones, twos = same.append(x, x), memory.append(x + 1, x + 1)
     whole = torch.cat([x, x, x], 1)
-    close(ones.attend(query), regard.attend(query[:, None], whole, whole, regard.Dot())[:, 0])
+    assert_close(ones.attend(query), regard.attend(query[:, None], whole, whole, regard.Dot())[:, 0])
     assert not twos.attend(query).allclose(ones.attend(query))
 
 
@@ -721,11 +723,11 @@ def test_inference_mode() -> None:
         memory, other = (regard.Memory(score, x, x).append(x, x) for _ in range(2))
         inside = memory.append(x, x).attend(query)
     with torch.no_grad():
-        close(other.append(x, x).attend(query), inside)
+        assert_close(other.append(x, x).attend(query), inside)
     with torch.no_grad():
         outside = regard.Memory(score, x, x).append(x, x)
     with torch.inference_mode():
-        close(outside.append(x, x).attend(query), inside)
+        assert_close(outside.append(x, x).attend(query), inside)
 
 
 def test_dropout_is_that_of_attend() -> None:
@@ -734,21 +736,21 @@ def test_dropout_is_that_of_attend() -> None:
     torch.manual_seed(7)
     true = regard.attend(query, x, x, score, dropout_p=0.5)
     torch.manual_seed(7)
-    close(memory.weights(query), regard.weights(query, x, score))  # draws no seed
-    close(memory.attend(query), true)
+    assert_close(memory.weights(query), regard.weights(query, x, score))  # draws no seed
+    assert_close(memory.attend(query), true)
     assert not memory.attend(query).allclose(true)  # another step, another seed
 
 
 def test_under_vmap_it_is_the_reference() -> None:
     score, x, query = regard.Additive(DIM, DIM, 64), torch.randn(2, 600, DIM), torch.randn(7, 2, DIM)
     memory = regard.Memory(score, x, x)
-    close(torch.func.vmap(memory.attend)(query), torch.stack([memory.attend(each) for each in query]))
+    assert_close(torch.func.vmap(memory.attend)(query), torch.stack([memory.attend(each) for each in query]))
 
     def own(x: Tensor, query: Tensor) -> Tensor:
         return regard.Memory(score, x, x).append(x, x).select(torch.tensor([1, 0])).attend(query)
 
     keys = torch.randn(7, 2, 9, DIM)
-    close(torch.func.vmap(own)(keys, query), torch.stack(list(map(own, keys, query))))
+    assert_close(torch.func.vmap(own)(keys, query), torch.stack(list(map(own, keys, query))))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's, of the memory's keys
@@ -762,7 +764,7 @@ def test_a_compiled_step(score: regard.Score, mask: regard.Mask | None, grad: bo
     with torch.set_grad_enabled(grad):
         memory = regard.Memory(score, x, x, mask)
         for _ in range(3):
-            close(step(memory, query), memory.attend(query))
+            assert_close(step(memory, query), memory.attend(query))
             memory = memory.append(query[:, None], query[:, None])
 
 
@@ -780,10 +782,10 @@ def test_a_compiled_decoder() -> None:
     x, query = draw(2, 9, DIM), torch.randn(2, DIM)
     compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        close(compiled(x, query), decode(x, query))
+        assert_close(compiled(x, query), decode(x, query))
     found, true = compiled(x, query), decode(x, query)
-    close(found, true)
-    close(*(torch.autograd.grad(out.sum(), x)[0] for out in (found, true)))
+    assert_close(found, true)
+    assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (found, true)))
 
 
 # --- Errors.
@@ -800,7 +802,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: made(key=[1]), TypeError, "key is a list; it must be a Tensor"),
     (lambda: made(value=X.long()), TypeError, "value has dtype torch.int64; it must be a floating type"),
     (lambda: made(key=X[0, 0]), ValueError, r"key has shape \(5,\); it must be \(..., length, size\)"),
-    (lambda: made(key=X.double()), ValueError, "key is torch.float64 on cpu and value torch.float32 on cpu; .* one"),
+    (lambda: made(key=X.double()), ValueError, "they are key torch.float64 on cpu, value torch.float32 on cpu"),
     (lambda: made(key=X[:, 1:]), ValueError, r"\(2, 8, 5\) and \(2, 9, 5\); each key needs one value"),
     (lambda: made(value=torch.randn(3, 9, 5)), ValueError, "leading dimensions do not broadcast"),
     (lambda: made(key=X[..., :3]), ValueError, r"key has shape \(2, 9, 3\), of size 3; W was made for size 5"),
@@ -823,7 +825,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: made().append(ROW, ROW[..., :3]), ValueError, "value has size 3; it must be 5, as in the memory"),
     (lambda: made(score=regard.Dot()).append(ROW[..., :3], ROW), ValueError, "key has size 3 .* must be 5"),
     (lambda: made().append(ROW.double(), ROW.double()), ValueError, "float64 on cpu; they must be torch.float32 on"),
-    (lambda: made().append(ROW, ROW.to("meta")), ValueError, "key is .* on cpu and value .* on meta"),
+    (lambda: made().append(ROW, ROW.to("meta")), ValueError, "key and value must be .* on one device; they are key .* on cpu, value .* on meta"),
     (lambda: made().append(X[:, :2], ROW), ValueError, "each key needs one value"),
     (lambda: made().append(torch.ones(3, 1, 5), torch.ones(3, 1, 5)), ValueError, r"\(3,\); .* memory's, \(2,\)"),
     (lambda: made(key=X[:1], value=X[:1]).append(ROW, ROW), ValueError, r"\(2,\); .* to the memory's, \(1,\)"),

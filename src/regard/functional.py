@@ -7,7 +7,6 @@ broadcast. A score with heads = h > 1 inserts a dimension of h before the last t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -239,18 +238,13 @@ def _check(
         and key.dim() > 1
         and value.dim() > 1
     ):
-        _reject({"query": query, "key": key, "value": value})
-    if not hasattr(type(score), "project_query"):  # at a tenth of the cost of isinstance of an abstract class
-        raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot() or FunctionScore(function)")
+        check_tensors(query=query, key=key, value=value)
+    check_settings(score, normalizer, dropout_p)
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"key has {key.shape[-2]} rows and value {value.shape[-2]} (shapes {tuple(key.shape)} and "
             f"{tuple(value.shape)}); each key needs one value"
         )
-    if isinstance(normalizer, type) or not callable(normalizer):
-        raise TypeError(f"normalizer is {normalizer!r}; it must be a Normalizer, such as Softmax()")
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p is {dropout_p!r}; it must be a number in 0 .. 1")
     leading = _leading(query, key, value, enable_gqa)
     if score.heads > 1 and enable_gqa:
         raise ValueError(f"enable_gqa is for heads of the inputs; this score makes {score.heads} heads of its own")
@@ -270,8 +264,18 @@ def _check(
     return grid
 
 
-def _reject(inputs: dict[str, Tensor]) -> NoReturn:
-    """The error of the first input that is at fault."""
+def check_settings(score: Score, normalizer: Normalizer, dropout_p: float) -> None:
+    """TypeError or ValueError where one of them is not what it must be."""
+    if not hasattr(type(score), "project_query"):  # at a tenth of the cost of isinstance of an abstract class
+        raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot() or FunctionScore(function)")
+    if isinstance(normalizer, type) or not callable(normalizer):
+        raise TypeError(f"normalizer is {normalizer!r}; it must be a Normalizer, such as Softmax()")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p is {dropout_p!r}; it must be a number in 0 .. 1")
+
+
+def check_tensors(**inputs: Tensor) -> None:
+    """TypeError or ValueError where one is not (..., length, size) of a floating type, or not like the others."""
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
@@ -279,8 +283,10 @@ def _reject(inputs: dict[str, Tensor]) -> NoReturn:
             raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
         if x.dim() < 2:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
-    found = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in inputs.items())
-    raise ValueError(f"query, key and value must be of one dtype and on one device; they are {found}")
+    if len({(x.dtype, x.device) for x in inputs.values()}) > 1:
+        *others, last = inputs
+        found = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in inputs.items())
+        raise ValueError(f"{', '.join(others)} and {last} must be of one dtype and on one device; they are {found}")
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

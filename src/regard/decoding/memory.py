@@ -12,7 +12,7 @@ from torch import Tensor
 from regard import kernels
 from regard.attended import Attended
 from regard.dropout import Dropout
-from regard.functional import autocast, blanked
+from regard.functional import autocast, blanked, check_settings, check_tensors
 from regard.intervals import Bound, Grid, Interval, Intervals, is_int
 from regard.kernels import cpu
 from regard.masks import Mask, as_mask
@@ -67,12 +67,7 @@ class Memory:
         dropout_p: float = 0.0,
         impl: str = "auto",
     ) -> None:
-        if not isinstance(score, Score):
-            raise TypeError(f"score is {score!r}; it must be a Score, such as ScaledDot()")
-        if isinstance(normalizer, type) or not callable(normalizer):
-            raise TypeError(f"normalizer is {normalizer!r}; it must be a Normalizer, such as Softmax()")
-        if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
-            raise ValueError(f"dropout_p is {dropout_p!r}; it must be a number in 0 .. 1")
+        check_settings(score, normalizer, dropout_p)
         self.score, self.normalizer, self.dropout_p, self.impl = score, normalizer, dropout_p, impl
         self._leading = _leading(key, value)  # without the heads of the score's own
         if autocasting(key):
@@ -474,16 +469,7 @@ def _recording(tensors: Iterable[Tensor]) -> bool:
 
 def _leading(key: Tensor, value: Tensor) -> tuple[int, ...]:
     """What the leading dimensions of keys and values that fit one another broadcast to; else ValueError, TypeError."""
-    for name, x in (("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a Tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating type")
-        if x.dim() < 2:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, size)")
-    if key.dtype != value.dtype or key.device != value.device:
-        found = f"key is {key.dtype} on {key.device} and value {value.dtype} on {value.device}"
-        raise ValueError(f"{found}; they must be of one dtype and on one device")
+    check_tensors(key=key, value=value)
     shapes = f"key and value have shapes {tuple(key.shape)} and {tuple(value.shape)}"
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"{shapes}; each key needs one value")

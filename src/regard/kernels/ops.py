@@ -144,22 +144,22 @@ def _with_batch(leading: tuple[int, ...], pair: Pair) -> tuple[int, ...]:
     return (1, *leading) if len(leading) == 1 and isinstance(pair, AdditivePair) and pair.v.dim() > 2 else leading
 
 
-class FusedAdditivePair(AdditivePair):
-    """The additive pair by the operator, which makes nothing of size Lq × Lk × D."""
+class _Fused:
+    """Makes a pair the operator's, which makes nothing of size Lq × Lk × D; its own under transforms."""
 
     fused = True
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return super().__call__(a, b) if transforming() else scores(self, a, b)
+        pair: Any = self
+        return super().__call__(a, b) if transforming() else scores(pair, a, b)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class FusedL1Pair(L1Pair):
+class FusedAdditivePair(_Fused, AdditivePair):
+    """The additive pair by the operator."""
+
+
+class FusedL1Pair(_Fused, L1Pair):
     """The L1 pair by the operator."""
-
-    fused = True
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return super().__call__(a, b) if transforming() else scores(self, a, b)
 
 
 # --- Shapes.
