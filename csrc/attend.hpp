@@ -62,15 +62,15 @@ void choose_paths(const Sizes& sizes, const Keys& keys, int tile, Scratch& s) {
     const float* top = keys.largest(tile);
     for (int b = 0; b < sizes.blocks; ++b) s.block_paths[b] = keys.direct[b * BLOCK] != 0.0f ? DIRECT : FAST;
     for (int g = 0; g < sizes.units / GROUP; ++g) {
-        float bits = 0.0f, most_ = 0.0f;
+        float bits = 0.0f, largest_bits = 0.0f;
         for (int h = g * GROUP; h < (g + 1) * GROUP; ++h) {
             float each = most(0.0f, (s.rows.largest[h] + top[h]) * (Pair::kappa * LOG2_E));
             bits += each + s.constants.bits[h];
-            most_ = most(most_, each);
+            largest_bits = most(largest_bits, each);
         }
         uint8_t& block = s.block_paths[g * GROUP / BLOCK];
         s.group_paths[g] = block == DIRECT ? DIRECT : bits <= Pair::log2_limit ? FAST : CAPPED;
-        if (block == FAST && !(most_ + 1.0f <= Pair::log2_limit)) block = CAPPED;
+        if (block == FAST && !(largest_bits + 1.0f <= Pair::log2_limit)) block = CAPPED;
         ++s.paths[s.group_paths[g]];
     }
 }
@@ -174,23 +174,20 @@ void forward_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratc
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows.count) * static_cast<size_t>(sizes.width));
     read_intervals(p, at, rows, s.allowed);
     read_rows<Pair>(p, sizes, at, keys, s.constants, rows);
-    for (int64_t tile = s.allowed.first / TILE; tile * TILE < s.allowed.last; ++tile) {
-        const int t = static_cast<int>(tile);
-        int first, last;
-        if (!columns(s.allowed, rows.count, t, first, last)) continue;
+    each_tile(s.allowed, rows.count, [&](int t, int first, int last) {
         choose_paths<Pair>(sizes, keys, t, s);
         score_tile<Pair>(p, sizes, keys, s, t, first, last);
-        mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
+        mask_tile(p, at, rows, s.allowed, t, first, last, s.scores);
         for (int r = 0; r < rows.count; ++r) {
             float* row = s.scores + r * TILE;
             Lanes top = splat(-INFINITY);
             for (int c = first; c < last; c += W) top = max(top, load(row + c));
             const float before = largest[r], now = most(before, ::largest(top));
             const float shift = now == -INFINITY ? 0.0f : now;
-            Lanes sum_ = splat(0.0f);
+            Lanes weights = splat(0.0f);
             for (int c = first; c < last; c += W) {
                 Lanes weight = exponential(load(row + c) - splat(shift));
-                sum_ = sum_ + weight;
+                weights = weights + weight;
                 store(row + c, weight);
             }
             if (now > before && before > -INFINITY) {
@@ -202,7 +199,7 @@ void forward_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratc
                 for (int c = 0; c < sizes.width; c += W) store(out + c, load(out + c) * shrink);
             }
             largest[r] = now;
-            total[r] += sum(sum_);
+            total[r] += sum(weights);
             if (p.seed) {
                 draw(p, map, rows.first + r, t, first, last, s.kept);
                 for (int c = first; c < last; c += W) store(row + c, load(row + c) * load(s.kept + c));
@@ -211,7 +208,7 @@ void forward_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratc
         int64_t stride;
         const float* values = value_rows(p, sizes, at, t, first, last, s.values, stride);
         product(s.scores + first, TILE, 1, values, stride, s.sums, sizes.width, rows.count, sizes.width, last - first);
-    }
+    });
     for (int r = 0; r < rows.count; ++r) {
         float* out = s.sums + static_cast<int64_t>(r) * sizes.width;
         const bool empty = total[r] == 0.0f;
@@ -222,7 +219,7 @@ void forward_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratc
     }
 }
 
-// The scores themselves, −inf where a row may not attend.
+// The scores themselves, of all rows and keys.
 template <class Pair>
 void score_whole_rows(const regard_problem& p, const Keys& keys, int64_t map, Scratch& s) {
     const Sizes sizes(p);
@@ -231,18 +228,13 @@ void score_whole_rows(const regard_problem& p, const Keys& keys, int64_t map, Sc
     read_intervals(p, at, rows, s.allowed);
     read_rows<Pair>(p, sizes, at, keys, s.constants, rows);
     float* out = p.scores + (map * p.queries + rows.first) * p.keys;
-    for (int64_t n = 0; n < rows.count * p.keys; ++n) out[n] = -INFINITY;
-    for (int64_t tile = s.allowed.first / TILE; tile * TILE < s.allowed.last; ++tile) {
-        const int t = static_cast<int>(tile);
-        int first, last;
-        if (!columns(s.allowed, rows.count, t, first, last)) continue;
+    each_tile(s.allowed, rows.count, [&](int t, int first, int last) {
         choose_paths<Pair>(sizes, keys, t, s);
         score_tile<Pair>(p, sizes, keys, s, t, first, last);
-        mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
-        const size_t seen = static_cast<size_t>(least<int64_t>(last, p.keys - tile * TILE) - first);
-        for (int r = 0; r < rows.count; ++r)
-            std::memcpy(out + r * p.keys + tile * TILE + first, s.scores + r * TILE + first, sizeof(float) * seen);
-    }
+        const int64_t start = static_cast<int64_t>(t) * TILE;
+        const size_t bytes = sizeof(float) * static_cast<size_t>(least<int64_t>(last, p.keys - start));
+        for (int r = 0; r < rows.count; ++r) std::memcpy(out + r * p.keys + start, s.scores + r * TILE, bytes);
+    });
 }
 
 // --- Backward. What one or more maps add to: in float, [block][key][BLOCK] and [key][width]; and v in double.
@@ -309,11 +301,8 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
             s.delta[r] = sum(dot) - p.grad_lse[row0 + r];
         }
     }
-    for (int64_t tile = s.allowed.first / TILE; tile * TILE < s.allowed.last; ++tile) {
-        const int t = static_cast<int>(tile);
-        int first, last;
-        if (!columns(s.allowed, rows.count, t, first, last)) continue;
-        const int64_t start = tile * TILE;
+    each_tile(s.allowed, rows.count, [&](int t, int first, int last) {
+        const int64_t start = static_cast<int64_t>(t) * TILE;
         choose_paths<Pair>(sizes, keys, t, s);
         float* g = s.scores;
         if (p.grad_scores) {
@@ -321,10 +310,9 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
                 const float* from = p.grad_scores + (row0 + r) * p.keys + start;
                 for (int c = first; c < last; ++c) g[r * TILE + c] = start + c < p.keys ? from[c] : 0.0f;
             }
-            mask_tile(p, at, rows, s.allowed, t, first, last, 0.0f, g);
         } else {
             score_tile<Pair>(p, sizes, keys, s, t, first, last);
-            mask_tile(p, at, rows, s.allowed, t, first, last, -INFINITY, s.scores);
+            mask_tile(p, at, rows, s.allowed, t, first, last, s.scores);
             for (int r = 0; r < rows.count; ++r)
                 std::memset(s.products + r * TILE + first, 0, sizeof(float) * static_cast<size_t>(last - first));
             product(s.grads, sizes.width, 1, s.transposed + start * sizes.width + first, TILE, s.products + first, TILE,
@@ -349,7 +337,7 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
                         sizes.width, last - first, sizes.width, rows.count);
             g = s.products;
         }
-        if (!p.grad_query) continue;
+        if (!p.grad_query) return;
         for (int r = rows.count; r < whole; ++r)
             std::memset(g + r * TILE + first, 0, sizeof(float) * static_cast<size_t>(last - first));
         for (int r = 0; r < rows.count; ++r) {
@@ -377,7 +365,7 @@ void backward_rows(const regard_problem& p, const Keys& keys, const float* block
                     break;
             }
         }
-    }
+    });
     for (int r = 0; p.grad_query && r < rows.count; ++r) {
         float* out = p.grad_query + (row0 + r) * p.hidden;
         for (int h = 0; h < sizes.hidden; ++h)

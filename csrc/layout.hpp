@@ -88,29 +88,29 @@ inline void in_blocks(const float* row, int padded, float* to, int64_t stride) {
         for (int lane = 0; lane < BLOCK; lane += W) store(to + lane, load(row + h + lane));
 }
 
-// Whether the keys first .. last and, from before, those that `low` and `high` tell of, fit around a centre; if so,
-// it is set, unless some keys are there already, and the limits are.
+// Sets the centres by the keys from `first` = 0 on, or keeps them for keys from `first` on that come to others, and
+// sets the limits by all; false where the new keys are out of reach of a centre, so that all are to be laid out anew.
 template <class Pair>
-void set_limits(const regard_problem& p, const Sizes& sizes, const Place& at, int64_t first, const KeysOf<float>& laid,
-                float* row, float* least_, float* most_, bool& again) {
+bool set_limits(const regard_problem& p, const Sizes& sizes, const Place& at, int64_t first, const KeysOf<float>& laid,
+                float* row, float* smallest, float* greatest) {
     const int n = sizes.padded();
     const float reach = 60.0f / Pair::kappa;  // of a key from its centre
-    for (int h = 0; h < n; ++h) least_[h] = INFINITY, most_[h] = -INFINITY;
+    for (int h = 0; h < n; ++h) smallest[h] = INFINITY, greatest[h] = -INFINITY;
     for (int64_t j = first; j < p.keys; ++j) {
         read_row(p.key, at.outer, at.group, j, sizes.hidden, n, row);
         for (int h = 0; h < n; ++h) {
-            least_[h] = row[h] < least_[h] ? row[h] : least_[h];
-            most_[h] = row[h] > most_[h] ? row[h] : most_[h];
+            smallest[h] = row[h] < smallest[h] ? row[h] : smallest[h];
+            greatest[h] = row[h] > greatest[h] ? row[h] : greatest[h];
         }
     }
-    again = false;
+    bool within = true;
     for (int b = 0; b < sizes.blocks; ++b) {
         bool far = false;
         for (int h = b * BLOCK; h < (b + 1) * BLOCK; ++h) {
-            if (first == 0) laid.centre[h] = 0.5f * least_[h] + 0.5f * most_[h];
-            far |= !(most_[h] - laid.centre[h] <= reach && laid.centre[h] - least_[h] <= reach);
+            if (first == 0) laid.centre[h] = 0.5f * smallest[h] + 0.5f * greatest[h];
+            far |= !(greatest[h] - laid.centre[h] <= reach && laid.centre[h] - smallest[h] <= reach);
         }
-        again |= first > 0 && far && laid.direct[b * BLOCK] == 0.0f;
+        if (first > 0 && far && laid.direct[b * BLOCK] == 0.0f) within = false;
         for (int h = b * BLOCK; h < (b + 1) * BLOCK; ++h) {
             if (first == 0) {
                 laid.direct[h] = far ? 1.0f : 0.0f;
@@ -118,10 +118,11 @@ void set_limits(const regard_problem& p, const Sizes& sizes, const Place& at, in
                 laid.high[h] = far ? INFINITY : -INFINITY;
                 if (far) laid.centre[h] = 0.0f;
             }
-            laid.low[h] = least(laid.centre[h] - most_[h] - Pair::saturated, laid.low[h]);
-            laid.high[h] = most(laid.centre[h] - least_[h] + Pair::saturated, laid.high[h]);
+            laid.low[h] = least(laid.centre[h] - greatest[h] - Pair::saturated, laid.low[h]);
+            laid.high[h] = most(laid.centre[h] - smallest[h] + Pair::saturated, laid.high[h]);
         }
     }
+    return within;
 }
 
 // Prepare the keys of one (outer, group) from `first` on, those before being there already; or all, where the new
@@ -131,18 +132,17 @@ bool prepare(const regard_problem& p, const Place& at, int64_t first, float* pre
     const Sizes sizes(p);
     const int n = sizes.padded();
     const KeysOf<float> laid(prepared, sizes);
-    float *row, *moved, *low, *high, *kept;
+    float *row, *moved, *smallest, *greatest, *kept;
     Arena scratch([&](Arena& arena) {
-        row = arena.take<float>(n), moved = arena.take<float>(n), low = arena.take<float>(n),
-        high = arena.take<float>(n);
+        row = arena.take<float>(n), moved = arena.take<float>(n);
+        smallest = arena.take<float>(n), greatest = arena.take<float>(n);
         kept = arena.take<float>(static_cast<int64_t>(n) * PANEL);
     });
     if (!scratch) return false;
 
     if (Pair::exponential_sides) {
-        bool again;
-        set_limits<Pair>(p, sizes, at, first, laid, row, low, high, again);
-        if (again) set_limits<Pair>(p, sizes, at, first = 0, laid, row, low, high, again);
+        if (!set_limits<Pair>(p, sizes, at, first, laid, row, smallest, greatest))
+            set_limits<Pair>(p, sizes, at, first = 0, laid, row, smallest, greatest);
     } else if (first == 0) {
         for (int h = 0; h < n; ++h)
             laid.centre[h] = laid.direct[h] = 0.0f, laid.low[h] = -INFINITY, laid.high[h] = INFINITY;

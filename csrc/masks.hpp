@@ -43,8 +43,18 @@ inline bool columns(const Allowed& allowed, int count, int tile, int& first, int
     return low < high;
 }
 
+// body(tile, first, last) for the tiles that some of so many rows see, and the columns of each that matter.
+template <class Body>
+void each_tile(const Allowed& allowed, int count, Body body) {
+    for (int64_t tile = allowed.first / TILE; tile * TILE < allowed.last; ++tile) {
+        const int t = static_cast<int>(tile);
+        int first, last;
+        if (columns(allowed, count, t, first, last)) body(t, first, last);
+    }
+}
+
 inline void mask_tile(const regard_problem& p, const Place& at, const Rows& rows, const Allowed& allowed, int tile,
-                      int first, int last, float fill, float* scores) {
+                      int first, int last, float* scores) {
     const int64_t start = static_cast<int64_t>(tile) * TILE;
     for (int r = 0; r < rows.count; ++r) {
         float* s = scores + r * TILE;
@@ -53,15 +63,15 @@ inline void mask_tile(const regard_problem& p, const Place& at, const Rows& rows
         for (int n = 0; n < 2; ++n) {
             int64_t low = allowed.low[n ^ order][r], high = allowed.high[n ^ order][r];
             if (low == high) continue;
-            for (; next < least(low, start + last); ++next) s[next - start] = fill;
+            for (; next < least(low, start + last); ++next) s[next - start] = -INFINITY;
             next = most(next, high);
         }
-        for (; next < start + last; ++next) s[next - start] = fill;
+        for (; next < start + last; ++next) s[next - start] = -INFINITY;
         if (p.keep) {
             const uint8_t* keep = p.keep + at.outer * p.keep_outer + at.inner * p.keep_inner +
                                   (rows.first + r) * p.keep_row + start * p.keep_column;
             const int64_t stop = least<int64_t>(last, p.keys - start);
-            for (int64_t c = first; c < stop; ++c) s[c] = keep[c * p.keep_column] ? s[c] : fill;
+            for (int64_t c = first; c < stop; ++c) s[c] = keep[c * p.keep_column] ? s[c] : -INFINITY;
         }
     }
 }

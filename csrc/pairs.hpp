@@ -2,7 +2,7 @@
 // and hidden unit.
 //
 // A pair says
-//   - what it keeps of a key (`key`) and of a row (`row`), once each;
+//   - what it makes of one side, once (`side`), of v (`constant`), and of a row's side and v (`row`);
 //   - `add`: what GROUP hidden units add to the scores of R rows and C vectors of keys (keys in the lanes);
 //   - `finish`: from that sum to the scores;
 //   - `slopes`: what 4 keys add to the gradients of one row (hidden units in the lanes).
@@ -41,11 +41,7 @@ struct Rational {
     static Lanes side(Lanes x, Lanes rest) { return exponential(x * splat(kappa), rest * splat(kappa)); }
 
     // 1/v with v in −1 .. 1, and what a row keeps of its side.
-    static Lanes constant(Lanes v) {
-        Lanes inverse = splat(1.0f) / v;
-        Lanes most_ = splat(cap);
-        return min(most_, max(splat(-cap), inverse));
-    }
+    static Lanes constant(Lanes v) { return min(splat(cap), max(splat(-cap), splat(1.0f) / v)); }
     static Lanes row(Lanes side, Lanes constant) { return side * constant; }
 
     template <Path path>

@@ -87,6 +87,9 @@ regard_threads threads() {
 
 }  // namespace
 
+// What a caller's struct must be as large as.
+REGARD_EXPORT int64_t regard_problem_size() { return sizeof(regard_problem); }
+
 REGARD_EXPORT const char* regard_level_name() { return NAMES[level]; }
 
 // Names in order; a level above the processor's is not taken, and the one in force is returned.

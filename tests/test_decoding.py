@@ -825,7 +825,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: made().append(ROW, ROW[..., :3]), ValueError, "value has size 3; it must be 5, as in the memory"),
     (lambda: made(score=regard.Dot()).append(ROW[..., :3], ROW), ValueError, "key has size 3 .* must be 5"),
     (lambda: made().append(ROW.double(), ROW.double()), ValueError, "float64 on cpu; they must be torch.float32 on"),
-    (lambda: made().append(ROW, ROW.to("meta")), ValueError, "key and value must be .* on one device; they are key .* on cpu, value .* on meta"),
+    (lambda: made().append(ROW, ROW.to("meta")), ValueError, "on one device; they are key .* on cpu, value .* on meta"),
     (lambda: made().append(X[:, :2], ROW), ValueError, "each key needs one value"),
     (lambda: made().append(torch.ones(3, 1, 5), torch.ones(3, 1, 5)), ValueError, r"\(3,\); .* memory's, \(2,\)"),
     (lambda: made(key=X[:1], value=X[:1]).append(ROW, ROW), ValueError, r"\(2,\); .* to the memory's, \(1,\)"),

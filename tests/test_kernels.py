@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -513,3 +514,9 @@ def test_all_else_works_without_it() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     assert "torch.Size([2, 64, 16]) torch.Size([2, 64, 64])" in run.stdout
     assert "its C++ library is not installed" in run.stdout
+
+
+def test_a_library_of_other_sources_is_refused() -> None:
+    torchs = next(Path(torch.__file__).parent.glob("lib/*c10.*"))
+    with pytest.raises(ImportError, match="was built of other sources"):
+        cpu.load(torchs)

@@ -76,77 +76,51 @@ def scored(problem: Problem) -> Problem:
 # --- The library.
 
 
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def _fields(*of_a_kind: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in of_a_kind for name in names.split()]
+
+
 class _Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("outer", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("column", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-    ]
+    _fields_ = _fields((_P, "data"), (_I, "outer inner row column dtype"))
 
 
 class _Bound(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("outer", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("offset", ctypes.c_int64),
-        ("slope", ctypes.c_int64),
-    ]
+    _fields_ = _fields((_P, "data"), (_I, "outer inner row offset slope"))
 
 
 class _Problem(ctypes.Structure):
-    """struct regard_problem."""
+    """struct regard_problem of csrc/regard.h."""
 
-    _fields_ = [
-        ("pair", ctypes.c_int64),
-        ("negative_slope", ctypes.c_float),
-        ("outer", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("queries", ctypes.c_int64),
-        ("keys", ctypes.c_int64),
-        ("hidden", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("v_heads", ctypes.c_int64),
-        ("v", ctypes.c_void_p),
-        ("query", _Tensor),
-        ("key", _Tensor),
-        ("value", _Tensor),
-        ("out", _Tensor),
-        ("lse", ctypes.c_void_p),
-        ("prepared", ctypes.c_void_p),
-        ("prepared_outer", ctypes.c_int64),
-        ("prepared_inner", ctypes.c_int64),
-        ("intervals", ctypes.c_int64),
-        ("low", _Bound * 2),
-        ("high", _Bound * 2),
-        ("keep", ctypes.c_void_p),
-        ("keep_outer", ctypes.c_int64),
-        ("keep_inner", ctypes.c_int64),
-        ("keep_row", ctypes.c_int64),
-        ("keep_column", ctypes.c_int64),
-        ("seed", ctypes.c_void_p),
-        ("first_row", ctypes.c_int64),
-        ("dropped_below", ctypes.c_uint64),
-        ("kept_factor", ctypes.c_float),
-        ("scores", ctypes.c_void_p),
-        ("grad_out", ctypes.c_void_p),
-        ("grad_lse", ctypes.c_void_p),
-        ("grad_scores", ctypes.c_void_p),
-        ("grad_query", ctypes.c_void_p),
-        ("grad_key", ctypes.c_void_p),
-        ("grad_value", ctypes.c_void_p),
-        ("grad_v", ctypes.c_void_p),
-    ]
+    _fields_ = _fields(
+        (_I, "pair"),
+        (_F, "negative_slope"),
+        (_I, "outer inner group queries keys hidden width v_heads"),
+        (_P, "v"),
+        (_Tensor, "query key value out"),
+        (_P, "lse prepared"),
+        (_I, "prepared_outer prepared_inner intervals"),
+        (_Bound * 2, "low high"),
+        (_P, "keep"),
+        (_I, "keep_outer keep_inner keep_row keep_column"),
+        (_P, "seed"),
+        (_I, "first_row"),
+        (ctypes.c_uint64, "dropped_below"),
+        (_F, "kept_factor"),
+        (_P, "scores grad_out grad_lse grad_scores grad_query grad_key grad_value grad_v"),
+    )
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at path, on torch's threads where this torch says how to come by them."""
+    """The library at path, on torch's threads where this torch says how to come by them.
+
+    ImportError where it was built of other sources than these.
+    """
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "regard_problem_size") or library.regard_problem_size() != ctypes.sizeof(_Problem):
+        raise ImportError(f"{path} was built of other sources than regard's here; install regard again")
     library.regard_level_name.restype = ctypes.c_char_p
     library.regard_prepared_count.restype = ctypes.c_int64
     name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
@@ -177,10 +151,9 @@ def level(force: str | None = None) -> str:
 
 def paths() -> tuple[int, int, int]:
     """How many groups of hidden units, in how many tiles, ran fast, capped and directly so far: see csrc/pairs.hpp."""
-    counts = (ctypes.c_int64 * 3)()
-    _library().regard_paths(*(ctypes.byref(counts, 8 * n) for n in range(3)))
-    fast, capped, direct = counts
-    return fast, capped, direct
+    fast, capped, direct = ctypes.c_int64(), ctypes.c_int64(), ctypes.c_int64()
+    _library().regard_paths(ctypes.byref(fast), ctypes.byref(capped), ctypes.byref(direct))
+    return fast.value, capped.value, direct.value
 
 
 # --- The operators.
