@@ -88,86 +88,92 @@ inline void in_blocks(const float* row, int padded, float* to, int64_t stride) {
         for (int lane = 0; lane < BLOCK; lane += W) store(to + lane, load(row + h + lane));
 }
 
-// Sets the centres by the keys from `first` = 0 on, or keeps them for keys from `first` on that come to others, and
-// sets the limits by all; false where the new keys are out of reach of a centre, so that all are to be laid out anew.
+// One BLOCK of a key's columns; the last one has fewer.
+inline void read_block(const regard_problem& p, const Place& at, int64_t j, int block, float* to) {
+    regard_tensor columns = p.key;
+    const int64_t skipped = block * BLOCK * columns.column * (columns.dtype == REGARD_FLOAT32 ? 4 : 2);
+    columns.data = static_cast<char*>(columns.data) + skipped;
+    const int count = static_cast<int>(least<int64_t>(BLOCK, p.hidden - block * BLOCK));
+    if (count == BLOCK)  // known when compiled
+        read_row(columns, at.outer, at.group, j, BLOCK, BLOCK, to);
+    else
+        read_row(columns, at.outer, at.group, j, count, BLOCK, to);
+}
+
+// Sets the centres of a block by the keys from `first` = 0 on, or keeps them for keys from `first` on that come to
+// others, and sets the limits by all; false where the new keys are out of reach of a centre, so that all are to be laid
+// out anew.
 template <class Pair>
-bool set_limits(const regard_problem& p, const Sizes& sizes, const Place& at, int64_t first, const KeysOf<float>& laid,
-                float* row, float* smallest, float* greatest) {
-    const int n = sizes.padded();
+bool set_limits(const regard_problem& p, const Place& at, int block, int64_t first, const KeysOf<float>& laid) {
     const float reach = 60.0f / Pair::kappa;  // of a key from its centre
-    for (int h = 0; h < n; ++h) smallest[h] = INFINITY, greatest[h] = -INFINITY;
+    float *centre = laid.centre + block * BLOCK, *direct = laid.direct + block * BLOCK;
+    float *low = laid.low + block * BLOCK, *high = laid.high + block * BLOCK;
+    float row[BLOCK], smallest[BLOCK], greatest[BLOCK];
+    Lanes least_of[BLOCK / W], most_of[BLOCK / W];
+    for (int n = 0; n < BLOCK / W; ++n) least_of[n] = splat(INFINITY), most_of[n] = splat(-INFINITY);
     for (int64_t j = first; j < p.keys; ++j) {
-        read_row(p.key, at.outer, at.group, j, sizes.hidden, n, row);
-        for (int h = 0; h < n; ++h) {
-            smallest[h] = row[h] < smallest[h] ? row[h] : smallest[h];
-            greatest[h] = row[h] > greatest[h] ? row[h] : greatest[h];
+        read_block(p, at, j, block, row);
+        for (int n = 0; n < BLOCK / W; ++n) {
+            const Lanes x = load(row + n * W);
+            least_of[n] = min(x, least_of[n]), most_of[n] = max(x, most_of[n]);
         }
     }
-    bool within = true;
-    for (int b = 0; b < sizes.blocks; ++b) {
-        bool far = false;
-        for (int h = b * BLOCK; h < (b + 1) * BLOCK; ++h) {
-            if (first == 0) laid.centre[h] = 0.5f * smallest[h] + 0.5f * greatest[h];
-            far |= !(greatest[h] - laid.centre[h] <= reach && laid.centre[h] - smallest[h] <= reach);
+    for (int n = 0; n < BLOCK / W; ++n) store(smallest + n * W, least_of[n]), store(greatest + n * W, most_of[n]);
+    bool far = false;
+    for (int h = 0; h < BLOCK; ++h) {
+        if (first == 0) centre[h] = 0.5f * smallest[h] + 0.5f * greatest[h];
+        far |= !(greatest[h] - centre[h] <= reach && centre[h] - smallest[h] <= reach);
+    }
+    const bool within = first == 0 || !far || direct[0] != 0.0f;
+    for (int h = 0; h < BLOCK; ++h) {
+        if (first == 0) {
+            direct[h] = far ? 1.0f : 0.0f;
+            low[h] = far ? -INFINITY : INFINITY;
+            high[h] = far ? INFINITY : -INFINITY;
+            if (far) centre[h] = 0.0f;
         }
-        if (first > 0 && far && laid.direct[b * BLOCK] == 0.0f) within = false;
-        for (int h = b * BLOCK; h < (b + 1) * BLOCK; ++h) {
-            if (first == 0) {
-                laid.direct[h] = far ? 1.0f : 0.0f;
-                laid.low[h] = far ? -INFINITY : INFINITY;
-                laid.high[h] = far ? INFINITY : -INFINITY;
-                if (far) laid.centre[h] = 0.0f;
-            }
-            laid.low[h] = least(laid.centre[h] - greatest[h] - Pair::saturated, laid.low[h]);
-            laid.high[h] = most(laid.centre[h] - smallest[h] + Pair::saturated, laid.high[h]);
-        }
+        low[h] = least(centre[h] - greatest[h] - Pair::saturated, low[h]);
+        high[h] = most(centre[h] - smallest[h] + Pair::saturated, high[h]);
     }
     return within;
 }
 
-// Prepare the keys of one (outer, group) from `first` on, those before being there already; or all, where the new
-// ones are out of their reach. `blocked`, if asked for: [block][key][BLOCK], for gradients.
+// Prepare a block of the keys of one (outer, group) from `first` on, those before being there already; or all, where
+// the new ones are out of their reach. `blocked`, if asked for: [block][key][BLOCK], for gradients.
 template <class Pair>
-bool prepare(const regard_problem& p, const Place& at, int64_t first, float* prepared, float* blocked) {
+void prepare(const regard_problem& p, const Place& at, int block, int64_t first, float* prepared, float* blocked) {
     const Sizes sizes(p);
-    const int n = sizes.padded();
     const KeysOf<float> laid(prepared, sizes);
-    float *row, *moved, *smallest, *greatest, *kept;
-    Arena scratch([&](Arena& arena) {
-        row = arena.take<float>(n), moved = arena.take<float>(n);
-        smallest = arena.take<float>(n), greatest = arena.take<float>(n);
-        kept = arena.take<float>(static_cast<int64_t>(n) * PANEL);
-    });
-    if (!scratch) return false;
-
+    const int start = block * BLOCK, units = least(BLOCK, sizes.units - start);
+    float *centre = laid.centre + start, *direct = laid.direct + start;
     if (Pair::exponential_sides) {
-        if (!set_limits<Pair>(p, sizes, at, first, laid, row, smallest, greatest))
-            set_limits<Pair>(p, sizes, at, first = 0, laid, row, smallest, greatest);
+        if (!set_limits<Pair>(p, at, block, first, laid)) set_limits<Pair>(p, at, block, first = 0, laid);
     } else if (first == 0) {
-        for (int h = 0; h < n; ++h)
+        for (int h = start; h < start + BLOCK; ++h)
             laid.centre[h] = laid.direct[h] = 0.0f, laid.low[h] = -INFINITY, laid.high[h] = INFINITY;
     }
+    float row[BLOCK], moved[BLOCK], kept[PANEL][BLOCK];
     for (int64_t panel = first / PANEL; panel < sizes.panels; ++panel) {
-        float* top = laid.largest(panel * PANEL / TILE);
+        float* top = laid.largest(panel * PANEL / TILE) + start;
         if (panel * PANEL % TILE == 0)
-            for (int h = 0; h < n; ++h) top[h] = -INFINITY;
+            for (int h = 0; h < BLOCK; ++h) top[h] = -INFINITY;
         for (int c = 0; c < PANEL; ++c) {
             const int64_t j = panel * PANEL + c;
-            float* to = kept + static_cast<int64_t>(c) * n;
             if (j >= p.keys) {
-                std::memset(to, 0, sizeof(float) * static_cast<size_t>(n));
-            } else {
-                read_row(p.key, at.outer, at.group, j, sizes.hidden, n, row);
-                sides<Pair>(row, laid.centre, laid.direct, -1.0f, nullptr, nullptr, n, moved, to);
-                for (int h = 0; h < n; ++h) top[h] = moved[h] > top[h] ? moved[h] : top[h];
+                std::memset(kept[c], 0, sizeof kept[c]);
+                continue;
             }
-            if (blocked) in_blocks(to, n, blocked + j * BLOCK, static_cast<int64_t>(sizes.keys) * BLOCK);
+            read_block(p, at, j, block, row);
+            sides<Pair>(row, centre, direct, -1.0f, nullptr, nullptr, BLOCK, moved, kept[c]);
+            for (int h = 0; h < BLOCK; h += W) store(top + h, max(load(moved + h), load(top + h)));
         }
-        float* to = laid.panel(panel);
-        for (int h = 0; h < sizes.units; ++h)
-            for (int c = 0; c < PANEL; ++c) to[h * PANEL + c] = kept[static_cast<int64_t>(c) * n + h];
+        if (blocked)
+            std::memcpy(blocked + (static_cast<int64_t>(block) * sizes.keys + panel * PANEL) * BLOCK, kept,
+                        sizeof kept);
+        float* to = laid.panel(panel) + start * PANEL;
+        for (int h = 0; h < units; ++h)
+            for (int c = 0; c < PANEL; ++c) to[h * PANEL + c] = kept[c][h];
     }
-    return true;
 }
 
 // --- v, folded.

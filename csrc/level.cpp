@@ -36,40 +36,40 @@ void on_threads(const regard_threads& threads, int64_t most, Work& work) {
     threads.run([](void* context) { (*static_cast<Work*>(context))(); }, &work, most);
 }
 
-// Keys are laid out once for each that differ.
+// Keys are laid out once for each that differ, a BLOCK of their columns being a piece of that work.
 struct Layout {
-    int64_t outer, groups, each;  // how many differ along either leading dimension; floats of one
+    int64_t outer, groups, blocks, each;  // how many differ along either leading dimension; of one: BLOCKs, floats
 
     explicit Layout(const regard_problem& p)
         : outer(p.key.outer == 0 ? 1 : p.outer),
           groups(p.key.inner == 0 ? 1 : p.inner / p.group),
+          blocks(Sizes(p).blocks),
           each(Keys::count(Sizes(p))) {}
     int64_t distinct() const { return outer * groups; }
+    int64_t pieces() const { return distinct() * blocks; }
     int64_t index(const Place& at) const { return (outer == 1 ? 0 : at.outer) * groups + (groups == 1 ? 0 : at.group); }
 };
 
-// The n-th of the keys that differ.
 template <class Pair>
-bool prepare_one(const regard_problem& p, const Layout& layout, int64_t n, int64_t first, float* prepared,
-                 float* blocked) {
+void prepare_piece(const regard_problem& p, const Layout& layout, int64_t piece, int64_t first, float* prepared,
+                   float* blocked) {
     const Sizes sizes(p);
+    const int64_t n = piece / layout.blocks;
     const Place at = Place::of_keys(n / layout.groups, n % layout.groups);
     const int64_t where = p.prepared ? at.outer * p.prepared_outer + at.group * p.prepared_inner : n * layout.each;
-    return prepare<Pair>(p, at, first, prepared + where, blocked ? blocked + n * sizes.keys * sizes.padded() : nullptr);
+    prepare<Pair>(p, at, static_cast<int>(piece % layout.blocks), first, prepared + where,
+                  blocked ? blocked + n * sizes.keys * sizes.padded() : nullptr);
 }
 
 template <class Pair>
 int prepare_all(const regard_problem& p, const regard_threads& threads, int64_t first) {
     const Layout layout(p);
-    Stage preparing(layout.distinct());
-    std::atomic<bool> fine{true};
+    Stage preparing(layout.pieces());
     auto work = [&] {
-        preparing.run([&](int64_t n) {
-            if (!prepare_one<Pair>(p, layout, n, first, p.prepared, nullptr)) fine = false;
-        });
+        preparing.run([&](int64_t piece) { prepare_piece<Pair>(p, layout, piece, first, p.prepared, nullptr); });
     };
     on_threads(threads, preparing.count, work);
-    return fine ? REGARD_OK : REGARD_NO_MEMORY;
+    return REGARD_OK;
 }
 
 // compute(p, keys, map, scratch) for every ROWS rows of every map.
@@ -77,16 +77,14 @@ template <class Pair, class Compute>
 int by_rows(const regard_problem& p, const regard_threads& threads, Compute compute) {
     const Layout layout(p);
     const Sizes sizes(p);
-    const int64_t distinct = p.prepared ? 0 : layout.distinct(), blocks = (p.queries + ROWS - 1) / ROWS;
+    const int64_t blocks = (p.queries + ROWS - 1) / ROWS;
     float* prepared;
-    Arena arena([&](Arena& its) { prepared = its.take<float>(distinct * layout.each); });
+    Arena arena([&](Arena& its) { prepared = its.take<float>(p.prepared ? 0 : layout.distinct() * layout.each); });
     if (!arena) return REGARD_NO_MEMORY;
-    Stage preparing(distinct), computing(p.outer * p.inner * blocks);
+    Stage preparing(p.prepared ? 0 : layout.pieces()), computing(p.outer * p.inner * blocks);
     std::atomic<bool> fine{true};
     auto work = [&] {
-        preparing.run([&](int64_t n) {
-            if (!prepare_one<Pair>(p, layout, n, 0, prepared, nullptr)) fine = false;
-        });
+        preparing.run([&](int64_t piece) { prepare_piece<Pair>(p, layout, piece, 0, prepared, nullptr); });
         Scratch scratch{};
         Arena memory([&](Arena& its) { lay_out(its, p, false, scratch); });
         preparing.wait(threads);
@@ -148,12 +146,10 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             for (int64_t h = 0; h < p.hidden; ++h)
                 p.grad_v[map * p.hidden + h] = static_cast<float>(Pair::v_gradient(grad_v[h], grad_v[n]));
     };
-    Stage preparing(distinct), computing(maps * splits), gathering(waiting ? maps : 0);
+    Stage preparing(layout.pieces()), computing(maps * splits), gathering(waiting ? maps : 0);
     std::atomic<bool> fine{true};
     auto work = [&] {
-        preparing.run([&](int64_t key) {
-            if (!prepare_one<Pair>(p, layout, key, 0, prepared, blocked)) fine = false;
-        });
+        preparing.run([&](int64_t piece) { prepare_piece<Pair>(p, layout, piece, 0, prepared, blocked); });
         Scratch scratch{};
         float *own_keys, *own_values;
         double* own_v;
