@@ -108,6 +108,12 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Compute comp
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
 }
 
+// Adds the `count` numbers that lie `away` to those here.
+template <class T>
+void add(T* to, int64_t away, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] += to[away + i];
+}
+
 // Each map is shared among `splits` units, which sum what keys and values get on their own, where maps are too few
 // to keep all threads at work.
 template <class Pair>
@@ -134,19 +140,23 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
     });
     if (!arena) return REGARD_NO_MEMORY;
 
-    auto write = [&](int64_t map, const float* v, const float* keys, const float* values, const double* grad_v) {
-        for (int64_t j = 0; p.grad_key && j < p.keys; ++j)
+    auto write_keys = [&](int64_t map, const float* v, const float* keys, const float* values, int64_t first,
+                          int64_t last) {
+        for (int64_t j = first; p.grad_key && j < last; ++j)
             for (int64_t h = 0; h < p.hidden; ++h)
                 p.grad_key[(map * p.keys + j) * p.hidden + h] =
                     Pair::key_sign * Pair::slope_scale(v, h) * keys[(h / BLOCK * sizes.keys + j) * BLOCK + h % BLOCK];
-        for (int64_t j = 0; p.grad_value && j < p.keys; ++j)
+        for (int64_t j = first; p.grad_value && j < last; ++j)
             std::memcpy(p.grad_value + (map * p.keys + j) * p.width, values + j * sizes.width,
                         sizeof(float) * static_cast<size_t>(p.width));
+    };
+    auto write_v = [&](int64_t map, const double* grad_v) {
         if (p.grad_v)
             for (int64_t h = 0; h < p.hidden; ++h)
                 p.grad_v[map * p.hidden + h] = static_cast<float>(Pair::v_gradient(grad_v[h], grad_v[n]));
     };
-    Stage preparing(layout.pieces()), computing(maps * splits), gathering(waiting ? maps : 0);
+    const int64_t tiles = most(1, sizes.tiles);  // one at least, to write v's gradient
+    Stage preparing(layout.pieces()), computing(maps * splits), gathering(waiting ? maps * tiles : 0);
     std::atomic<bool> fine{true};
     auto work = [&] {
         preparing.run([&](int64_t piece) { prepare_piece<Pair>(p, layout, piece, 0, prepared, blocked); });
@@ -161,6 +171,7 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
         });
         preparing.wait(threads);
         if (!memory) fine = false;
+        int64_t transposed = -1;
         computing.run([&](int64_t unit) {
             if (!fine) return;
             const int64_t map = unit / splits, split = unit % splits;
@@ -172,7 +183,8 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
             if (values_size) std::memset(sums.values, 0, sizeof(float) * static_cast<size_t>(values_size));
             std::memset(sums.v, 0, sizeof(double) * static_cast<size_t>(n + 1));
             fold<Pair>(p, sizes, at.inner, scratch.constants);
-            if (!p.grad_scores) transpose_values(p, sizes, at, scratch.values, scratch.transposed);
+            if (!p.grad_scores && transposed != map) transpose_values(p, sizes, at, scratch.values, scratch.transposed);
+            transposed = map;
             const int64_t which = layout.index(at);
             for (int64_t b = blocks * split / splits; b < blocks * (split + 1) / splits; ++b) {
                 scratch.rows.first = static_cast<int>(b * ROWS);
@@ -181,20 +193,26 @@ int backward_all(const regard_problem& p, const regard_threads& threads) {
                                     scratch, sums);
             }
             sums.v[n] = sums.g;
-            if (!waiting) write(map, scratch.constants.v, sums.keys, sums.values, sums.v);
+            if (waiting) return;
+            write_keys(map, scratch.constants.v, sums.keys, sums.values, 0, p.keys);
+            write_v(map, sums.v);
         });
         threads.went(scratch.paths);
         if (gathering.count == 0) return;
         computing.wait(threads);
-        gathering.run([&](int64_t map) {
+        gathering.run([&](int64_t piece) {
+            const int64_t map = piece / tiles, tile = piece % tiles;
+            const int64_t first = tile * TILE, last = least<int64_t>(first + TILE, p.keys);
             float *keys = all_keys + map * splits * keys_size, *values = all_values + map * splits * values_size;
             double* v = all_v + map * splits * (n + 1);
             for (int64_t split = 1; split < splits; ++split) {
-                for (int64_t i = 0; i < keys_size; ++i) keys[i] += keys[split * keys_size + i];
-                for (int64_t i = 0; i < values_size; ++i) values[i] += values[split * values_size + i];
-                for (int64_t i = 0; i <= n; ++i) v[i] += v[split * (n + 1) + i];
+                for (int64_t b = 0; b < sizes.blocks; ++b)
+                    add(keys + (b * sizes.keys + first) * BLOCK, split * keys_size, (last - first) * BLOCK);
+                if (values_size) add(values + first * sizes.width, split * values_size, (last - first) * sizes.width);
+                if (tile == 0) add(v, split * (n + 1), n + 1);
             }
-            write(map, p.v ? p.v + map % p.inner % p.v_heads * p.hidden : nullptr, keys, values, v);
+            write_keys(map, p.v ? p.v + map % p.inner % p.v_heads * p.hidden : nullptr, keys, values, first, last);
+            if (tile == 0) write_v(map, v);
         });
     };
     on_threads(threads, computing.count, work);
