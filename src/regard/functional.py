@@ -64,7 +64,7 @@ def attend(
     torch.Size([2, 3, 4])
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
-    out, _ = kernels.choose(problem, impl).run(problem)
+    out, _ = kernels.run(problem, impl)
     return out
 
 
@@ -88,7 +88,7 @@ def attention(
     (torch.Size([2, 3, 4]), torch.Size([2, 1, 5]), torch.Size([2, 3]))
     """
     problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
-    out, lse = kernels.choose(problem, impl).run(problem)
+    out, lse = kernels.run(problem, impl)
     return Attended.of(problem, out, lse)
 
 

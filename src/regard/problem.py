@@ -142,7 +142,7 @@ class Problem(NamedTuple):
         return problem if heads is None else problem._select_heads(heads)
 
     def _select_rows(self, rows: Indices) -> Problem:
-        index = _index(rows, self.queries, "rows", self.query.device)
+        index = indices(rows, self.queries, "rows", self.query.device)
         return self._replace(
             query=self.query.index_select(-2, index),
             keep=self.keep if self.keep is None else _pick(self.keep, -2, index),
@@ -153,7 +153,7 @@ class Problem(NamedTuple):
     def _select_heads(self, heads: Indices) -> Problem:
         if len(self.leading) < 2:
             raise ValueError(f"heads is {heads!r}, but weights of leading shape {tuple(self.leading)} have no heads")
-        index = _index(heads, self.leading[-1], "heads", self.query.device)
+        index = indices(heads, self.leading[-1], "heads", self.query.device)
         pair = self.pair
         if isinstance(pair, reference.AdditivePair):
             pair = pair._replace(v=_pick(pair.v, -4, index))
@@ -208,7 +208,8 @@ def _pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return x if x.dim() < -dim or x.shape[dim] == 1 else x.index_select(dim, index)
 
 
-def _index(chosen: Indices, size: int, name: str, device: torch.device) -> Tensor:
+def indices(chosen: Indices, size: int, name: str, device: torch.device) -> Tensor:
+    """The chosen of 0 .. size − 1, as a tensor; TypeError or ValueError that names the argument where they are none."""
     if isinstance(chosen, slice):
         chosen = range(size)[chosen]
     if not isinstance(chosen, Sequence) or not all(type(n) is int for n in chosen):

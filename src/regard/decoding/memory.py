@@ -102,13 +102,13 @@ class Memory:
         autocast the query is cast to the memory's dtype. Errors are as in `regard.attend`.
         """
         problem = self._problem(query, mask, self.dropout_p)
-        out, _ = kernels.choose(problem, self.impl).run(problem)
+        out, _ = kernels.run(problem, self.impl)
         return out.squeeze(-2) if self._is_one(query) else out
 
     def attention(self, query: Tensor, mask: Mask | Tensor | None = None) -> Attended:
         """What `attend` computes, with a view of what it looked at; one query of each sample is Lq = 1 row."""
         problem = self._problem(query, mask, self.dropout_p)
-        out, lse = kernels.choose(problem, self.impl).run(problem)
+        out, lse = kernels.run(problem, self.impl)
         return Attended.of(problem, out, lse)
 
     def weights(self, query: Tensor, mask: Mask | Tensor | None = None) -> Tensor:

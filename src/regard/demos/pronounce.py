@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ import regard
 from regard.demos import dictionary
 from regard.demos.dictionary import ErrorRates, Sounds
 from regard.demos.encoder_decoder import SCORES, STOP, Pronouncer
+from regard.files import replacing
 from regard.look.heatmaps import heatmap
 
 SAMPLE = ("daughter", "laughter", "technique", "chorus", "knuckles", "column")  # all of them held out
@@ -257,14 +256,3 @@ def make_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"--out {folder}: cannot write there: {error.strerror}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once all is written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

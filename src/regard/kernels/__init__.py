@@ -7,6 +7,7 @@ the first that does not refuse; an implementation asked for by name runs or rais
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ from regard.kernels import chunked, cpu, sdpa
 from regard.problem import Problem
 from regard.transforms import transforming
 
+Run = Callable[[Problem], tuple[Tensor, Tensor | None]]
+
 
 class Implementation(NamedTuple):
     """One way to run a problem."""
 
     name: str
     refuses: Callable[[Problem], str | None]  # why it will not run this problem, in a sentence, or None
-    run: Callable[[Problem], tuple[Tensor, Tensor | None]]  # out, and the log-sum-exp if it comes by the way
+    run: Run  # out, and the log-sum-exp if it comes by the way
     memory: Callable[[Problem], int]  # bytes it needs beyond inputs and outputs, roughly
     small: int = 0  # bytes of the whole matrix, below which `auto` computes that instead, unless torch traces
 
@@ -43,6 +46,17 @@ TABLE = {
         WHOLE,
     )
 }
+
+
+Observer = Callable[[Problem, Run], tuple[Tensor, Tensor | None]]
+OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
+
+
+def run(problem: Problem, impl: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """Run the problem by the implementation that `choose` finds; an observer, if there is one, does it and looks on."""
+    chosen = choose(problem, impl)
+    observer = None if torch.compiler.is_compiling() else OBSERVER.get()
+    return chosen.run(problem) if observer is None else observer(problem, chosen.run)
 
 
 def choose(problem: Problem, impl: str = "auto") -> Implementation:
