@@ -1,11 +1,11 @@
-"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory` or `alignment`; `-h` after it says more."""
+"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment` or `recording`; `-h` after it says more."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-NAMES = ("cpu", "toy", "memory", "alignment")
+NAMES = ("cpu", "toy", "memory", "alignment", "recording")
 
 
 def main() -> int:

@@ -34,7 +34,13 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)
-    known = {"torch": torch, "np": np, "Grid": Grid, **{name: getattr(regard, name) for name in regard.__all__}}
+    known = {
+        "torch": torch,
+        "np": np,
+        "regard": regard,
+        "Grid": Grid,
+        **{name: getattr(regard, name) for name in regard.__all__},
+    }
     torch.set_printoptions(precision=4)
     failed = 0
     for test in doctest.DocTestFinder().find(module, globs=known | vars(module)):
@@ -83,7 +89,7 @@ def test_and_the_proof_of_it_can_fail() -> None:
 
 
 LAYERS = (
-    ("reference", "transforms", "intervals"),
+    ("reference", "transforms", "intervals", "files"),
     ("normalizers", "scores", "masks", "dropout"),
     ("visible",),
     ("problem",),

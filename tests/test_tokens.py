@@ -116,9 +116,9 @@ def test_the_same_place_in_two_texts_is_two_labels() -> None:
     assert found.labels == ["t", "t"]
 
 
-def test_a_token_of_two_characters_and_a_part_is_joined_with_the_rest() -> None:
+def test_a_token_is_joined_with_any_before_it_that_it_shares_a_character_with() -> None:
     class Encoding:
-        offsets: ClassVar = [(0, 2), (1, 2), (1, 3), (3, 4)]  # the last byte of the second character is in the third
+        offsets: ClassVar = [(0, 3), (1, 2), (2, 3), (3, 4)]  # the second ends before the first does
         sequence_ids: ClassVar = [0, 0, 0, 0]
         tokens: ClassVar = ["a", "b", "c", "d"]
 

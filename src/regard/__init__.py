@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from regard import look
 from regard.attended import Attended
 from regard.decoding import Memory
 from regard.functional import Explanation, attend, attention, explain, weights
@@ -48,7 +47,6 @@ __all__ = [
     "attend",
     "attention",
     "explain",
-    "look",
     "page",
     "record",
     "tokens",
@@ -58,5 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "page":  # which needs more than torch
-        return look.page
+        from regard.look import page
+
+        return page
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

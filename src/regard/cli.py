@@ -88,8 +88,8 @@ def parser() -> Parser:
     command = commands.add_parser(
         "look",
         help="see the attention in a file of arrays, or of a model that reads a text",
-        description="See attention: of arrays in a file (.npz, .npy, .pt, .safetensors), or, with --model, of a Hugging "
-        "Face model that reads a text, or two. Makes a page to look around in, or a picture.",
+        description="See attention: of arrays in a file (.npz, .npy, .pt, .safetensors), or, with --model, of a "
+        "Hugging Face model that reads a text or two. Makes a page to look around in, or a picture.",
     )
     command.set_defaults(run=look)
     option = command.add_argument

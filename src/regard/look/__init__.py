@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regard.look.maps import AttentionMap
 from regard.look.recorder import Recording, record
-from regard.look.stats import Statistics, alignment_error_rate, rollout, table
+from regard.look.stats import Statistics, alignment, alignment_error_rate, rollout, table
 from regard.look.tokens import Tokens, grouped, grouped_map, tokens
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Recording",
     "Statistics",
     "Tokens",
+    "alignment",
     "alignment_error_rate",
     "grouped",
     "grouped_map",

@@ -55,6 +55,13 @@ class AttentionMap:
 
     Make one with `of`, `from_weights` or `from_qk`, or let `regard.record` make them. Weights are those before
     dropout, in float32 at least; a row sums to 1, or to less where a sink outside the keys took its share.
+
+    >>> query, key = torch.randn(1, 8, 4096, 64), torch.randn(1, 2, 4096, 64)
+    >>> seen = AttentionMap.from_qk(query, key, "layers.0", mask=regard.Causal())
+    >>> seen
+    AttentionMap('layers.0', self, 1 × 8 × 4096 × 4096, queries and keys)
+    >>> seen.weights(heads=[3], rows=slice(0, 2), keys=[0, 4095]).shape, seen.pooled(64).shape
+    (torch.Size([1, 1, 2, 2]), torch.Size([1, 8, 64, 64]))
     """
 
     name: str
@@ -188,12 +195,12 @@ class AttentionMap:
         match self._readable():
             case Weights(weights, visible):
                 if visible is None:
-                    return torch.ones(size, dtype=torch.bool, device=weights.device)
+                    return _ones(weights.device).expand(size)
                 return _part(visible, *chosen).expand(size)
             case Scores(problem, _):
                 allowed = _select(problem, chosen[0], chosen[1]).allowed()
                 if allowed is None:
-                    return torch.ones(size, dtype=torch.bool, device=problem.query.device)
+                    return _ones(problem.query.device).expand(size)
                 return _pick(allowed, -1, chosen[2]).expand(size)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -341,6 +348,10 @@ def _part(x: Tensor, heads: Chosen, rows: Chosen, keys: Chosen) -> Tensor:
 
 def _pick(x: Tensor, dim: int, chosen: Chosen) -> Tensor:
     return x if chosen is None or x.shape[dim] == 1 else x.index_select(dim, chosen)
+
+
+def _ones(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _pool(weights: Tensor, visible: Tensor, high: int, wide: int, how: str) -> Tensor:

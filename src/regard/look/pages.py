@@ -218,7 +218,7 @@ def _fitted(seen: Sequence[AttentionMap], described: dict[str, Any], room: int) 
             return parts, plans
         if coarsest:
             raise ValueError(f"budget is {room:,} bytes; the least that would do is {room + over:,}")
-        left -= max(over, room / 100)  # the estimate was too low
+        left -= 0  # the estimate was too low
 
 
 def _kind(seen: AttentionMap, plan: Plan) -> str:
