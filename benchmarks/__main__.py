@@ -1,4 +1,7 @@
-"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment` or `recording`; `-h` after it says more."""
+"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment` or `recording`.
+
+`-h` after a name says more.
+"""
 
 from __future__ import annotations
 

@@ -414,8 +414,10 @@ def test_the_table_of_pairs_leads_to_the_cell(show):
 
 
 def test_hostile_tokens_are_text(show):
-    seen = AttentionMap.from_weights(torch.eye(len(HOSTILE)), HOSTILE[0])
-    view = opened_head(show(seen, query_tokens=HOSTILE, title=HOSTILE[0]))
+    seen = AttentionMap.from_weights(torch.eye(len(HOSTILE)).expand(2, -1, -1), HOSTILE[0])
+    view = show(seen, query_tokens=HOSTILE, title=HOSTILE[0])
+    assert view.text_content(".layer h2") == HOSTILE[0]
+    opened_head(view)
     assert view.locator("img").count() == 0
     assert view.text_content("#title") == HOSTILE[0]
     view.locator("#canvas").focus()

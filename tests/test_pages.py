@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import subprocess
+import sys
 import zlib
 from base64 import b64decode
 from collections.abc import Iterator
@@ -112,6 +114,20 @@ def test_a_map_of_8192_tokens_fits_into_40_megabytes():
         assert (np.abs(weights[rows] - exact) <= np.maximum(0.02 * exact, a) * (1 + 1e-5)).all()
 
 
+def test_long_maps_are_built_in_little_memory():
+    code = """
+import resource, torch
+from regard.look.maps import AttentionMap
+from regard.look.pages import page
+seen = AttentionMap.from_qk(*torch.randn(2, 1, 4, 8192, 16))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+page(seen)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 600_000  # kB; the weights alone are 1,073,742
+
+
 def test_one_and_zero_come_back_as_they_are():
     ((head,),) = read(page(AttentionMap.from_weights(torch.eye(5))))[1]
     assert np.array_equal(head.weights.round(12), np.eye(5))
@@ -159,6 +175,13 @@ def test_a_smaller_budget_coarsens_then_keeps_the_largest_then_pools():
             assert_close(head, largest)
     assert list(dict.fromkeys(kinds)) == ["exact", "top", "pooled"]
     assert tolerances[0] < tolerances[1]
+
+
+def test_the_budget_holds_where_the_sampled_rows_mislead():
+    p = softmaxed(1, 1, 1024, 1024).weights()
+    p[..., :: 1024 // pages.SAMPLE_ROWS, :] = torch.eye(1024)[0]
+    budget = page(AttentionMap.from_weights(torch.eye(2))).size + 300_000
+    assert page(AttentionMap.from_weights(p), budget=budget).size <= budget
 
 
 def test_the_least_budget_that_the_error_names_does():

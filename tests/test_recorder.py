@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import regard
 from regard import d2l
@@ -248,6 +250,46 @@ def test_other_hands_cannot_change_what_is_kept() -> None:
     assert_weights(seen.maps[0], expected)
 
 
+def test_one_query_of_each_sample() -> None:
+    """As decoders have it: weights (B, Lk), given a dimension for the product; the other way round, (Lk, B)."""
+
+    class OneQuery(nn.Module):
+        def forward(self, state: Tensor, encoded: Tensor) -> Tensor:
+            p = torch.softmax((encoded * state.unsqueeze(1)).sum(-1), 1)
+            first = torch.bmm(p.unsqueeze(1), encoded).squeeze(1)
+            p = torch.softmax((encoded * state.unsqueeze(1)).sum(-1).t(), 0)
+            return first + torch.bmm(p.t().unsqueeze(1), encoded).squeeze(1)
+
+    state = torch.randn(3, 8)
+    with record(OneQuery()) as seen:
+        OneQuery()(state, X)
+    expected = torch.softmax(torch.einsum("bd,bjd->bj", state, X), -1)[:, None, None]
+    for each in seen:
+        assert_weights(each, expected)
+
+
+def test_kernel_regression() -> None:
+    class NadarayaWatson(nn.Module):
+        def forward(self, x: Tensor, at: Tensor, y: Tensor) -> Tensor:
+            self.expected = torch.softmax(-((x[:, None] - at).square()) / 2, -1)
+            return self.expected @ y
+
+    model = NadarayaWatson()
+    with record(model) as seen:
+        model(torch.randn(4), torch.randn(9), torch.randn(9))
+    assert_weights(seen.maps[0], model.expected[None, None])
+
+
+@pytest.mark.parametrize("kind", ["fused", "by hand"])
+def test_autocast(kind: str) -> None:
+    model = Attending(KINDS[kind])
+    with torch.autocast("cpu", torch.bfloat16), record(model) as seen:
+        model(X)
+    assert seen.maps[0].kind == "self"
+    assert seen.maps[0].weights().dtype == torch.float32
+    assert_close(seen.maps[0].weights(), model.expected.float(), rtol=0, atol=1e-2)
+
+
 # --- Dropout.
 
 
@@ -285,6 +327,14 @@ def test_gradients_are_those_without_recording() -> None:
         recorded = gradients()
     assert all(map(torch.equal, plain, recorded))
     assert len(seen) == 1  # the backward pass is no attention
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_recorded_once(reentrant: bool) -> None:
+    model, x = Attending(by_hand), X.clone().requires_grad_()
+    with record(model) as seen:
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    assert len(seen) == 1
 
 
 # --- torch's own modules.
@@ -643,6 +693,22 @@ def test_no_attention_is_an_error_that_says_what_was_looked_for() -> None:
         model(X)
     with pytest.raises(ValueError, match="unseen:\n  Linear: flex_attention"), record(model):
         flex.flex_attention(X[:, None], X[:, None], X[:, None])
+
+
+def test_another_thread_is_not_seen() -> None:
+    model = Classifier()
+
+    def elsewhere() -> None:
+        with ThreadPoolExecutor() as threads:
+            threads.submit(model, X).result()
+
+    with pytest.raises(ValueError, match="in this block and thread"), record(model):
+        elsewhere()
+
+
+def test_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match="model is a function"), record(by_hand):  # pyright: ignore
+        pass
 
 
 def test_an_exception_within_goes_on_and_all_is_as_before() -> None:

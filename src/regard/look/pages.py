@@ -195,12 +195,14 @@ def page(
 def _fitted(seen: Sequence[AttentionMap], described: dict[str, Any], room: int) -> tuple[list[bytes], list[list[Plan]]]:
     """The file, as fine as fits; ValueError, naming the least budget, where nothing does."""
     surveys = [_survey(each) for each in tqdm(seen, "surveying", unit="map", leave=False, disable=None)]
-    heads = sum(each.shape[1] for each in seen)
-    side = min(64, max(16, isqrt(THUMBNAIL_CELLS // heads)))
-    fixed = sum(map(len, _assembled(described, []))) + heads * (4 / 3 * side**2 + PLAN_BYTES)
+    heads = [survey for one in surveys for survey in one]
+    side = min(64, max(16, isqrt(THUMBNAIL_CELLS // len(heads))))
+    fixed = sum(map(len, _assembled(described, []))) + len(heads) * (4 / 3 * side**2 + PLAN_BYTES)
     left = MARGIN * (room - fixed)
     while True:
-        plans, coarsest = _planned(surveys, left)
+        choices, fits = _chosen(heads, left)
+        choice = iter(choices)
+        plans = [[survey.plans[next(choice)] for survey in one] for one in surveys]
         encoded = []
         bar = tqdm(seen, "writing", unit="map", leave=False, disable=None)
         for each, said, chosen in zip(bar, described["maps"], plans, strict=True):
@@ -216,9 +218,12 @@ def _fitted(seen: Sequence[AttentionMap], described: dict[str, Any], room: int) 
         over = sum(map(len, parts)) - room
         if over <= 0:
             return parts, plans
-        if coarsest:
-            raise ValueError(f"budget is {room:,} bytes; the least that would do is {room + over:,}")
-        left -= 0  # the estimate was too low
+        taken = [len(head.data) for one in encoded for head in one]
+        wrong = [survey.corrected(n, size) for survey, n, size in zip(heads, choices, taken, strict=True)]
+        if not any(wrong):
+            if not fits:
+                raise ValueError(f"budget is {room:,} bytes; the least that would do is {room + over:,}")
+            left -= over
 
 
 def _kind(seen: AttentionMap, plan: Plan) -> str:
@@ -335,18 +340,31 @@ def _differences(a: AttentionMap, b: AttentionMap) -> list[float]:
 # --- How each head is written.
 
 
-class Survey(NamedTuple):
+@dataclass
+class Survey:
     """The ways to write a head, coarsest first, and the bytes that each takes, estimated from a sample of its rows."""
 
     plans: list[Plan]
     sizes: list[float]
+
+    def corrected(self, n: int, size: int) -> bool:
+        """Whether a plan took more than was estimated; then the others of the same cells will, too."""
+        by = size / self.sizes[n]
+        if by <= 1:
+            return False
+        block = self.plans[n].block
+        self.sizes = [
+            each * by if plan.block == block else each for plan, each in zip(self.plans, self.sizes, strict=True)
+        ]
+        return True
 
 
 def _survey(seen: AttentionMap) -> list[Survey]:
     """For each head of a map; ValueError for weights that the page cannot show."""
     queries, keys = _grid(seen)
     every = ceil(queries / SAMPLE_ROWS)
-    peaks, sampled, allowed = torch.zeros(seen.shape[1]), [], []
+    shape = (seen.shape[1], ceil(queries / every), keys)
+    peaks, sample, allowed = torch.zeros(shape[0]), torch.empty(shape), torch.empty(shape, dtype=torch.bool)
     for start, cells, visible in _blocks(seen):
         finite = cells.nan_to_num(0.0, inf, -inf)
         low, high = (x.item() for x in finite.aminmax())
@@ -356,10 +374,10 @@ def _survey(seen: AttentionMap) -> list[Survey]:
                 f"weights of 0 .. {_highest(TOLERANCES[0]):.0f} fit"
             )
         peaks = torch.maximum(peaks, finite.amax((1, 2)))
-        first = -start % every
-        sampled.append(cells[:, first::every].clone())  # a view would keep the block
-        allowed.append(visible[:, first::every].clone())
-    sample, visible = torch.cat(sampled, 1), torch.cat(allowed, 1)
+        first, at = -start % every, ceil(start / every)
+        some = cells[:, first::every]
+        sample[:, at : at + some.shape[1]] = some
+        allowed[:, at : at + some.shape[1]] = visible[:, first::every]
 
     def surveyed(head: int) -> Survey:
         tolerances = [a for a in TOLERANCES if _highest(a) >= peaks[head]]
@@ -367,46 +385,40 @@ def _survey(seen: AttentionMap) -> list[Survey]:
         if queries * keys <= LARGEST:
             plans += [Plan(a) for a in tolerances[::-1]]
             plans += [Plan(tolerances[-1], kept) for kept in KEPT if kept < keys]
-        codes = (_codes(sample[head], visible[head], plan) for plan in plans)
-        found = [
-            (plan, queries / sample.shape[1] * len(_deflated(each))) for plan, each in zip(plans, codes, strict=False)
-        ]
+        codes = (_codes(sample[head], allowed[head], plan) for plan in plans)
+        sizes = [queries / sample.shape[1] * len(_deflated(each)) for each in codes]
         for side in (side for side in SIDES if side < max(queries, keys)):
-            plan = Plan(tolerances[-1], None, (ceil(queries / side), ceil(keys / side)))
-            found.append((plan, 1.01 * np.prod(_pooled((queries, keys), plan.block))))
-        finest = inf
-        survey = Survey([], [])
-        for plan, size in found:  # what is coarser and takes no less is no way to write it
-            if size < finest:
-                finest = size
-                survey.plans.insert(0, plan)
-                survey.sizes.insert(0, 4 / 3 * size)
-        return survey
+            plans.append(Plan(tolerances[-1], None, (ceil(queries / side), ceil(keys / side))))
+            sizes.append(1.01 * np.prod(_pooled((queries, keys), plans[-1].block)) + 64)  # no less than it takes
+        return Survey(plans[::-1], [4 / 3 * size for size in sizes[::-1]])
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(surveyed, range(seen.shape[1])))
 
 
-def _planned(surveys: Sequence[Sequence[Survey]], room: float) -> tuple[list[list[Plan]], bool]:
-    """The plan of each head, equally fine for all and one step finer for the first; and whether it is the coarsest."""
-    heads = [survey for one in surveys for survey in one]
+def _chosen(heads: Sequence[Survey], room: float) -> tuple[list[int], bool]:
+    """Which plan for each head, equally fine for all, and one step finer for the first; and whether they fit.
 
-    def chosen(step: int) -> list[int]:
+    Where none fits, that which takes the least.
+    """
+
+    def at(step: int) -> list[int]:
         return [min(step, len(survey.plans) - 1) for survey in heads]
 
     def total(choice: list[int]) -> float:
         return sum(survey.sizes[n] for survey, n in zip(heads, choice, strict=True))
 
     steps = range(max(len(survey.plans) for survey in heads))
-    step = max((step for step in steps if total(chosen(step)) <= room), default=0)
-    choice, finer = chosen(step), chosen(step + 1)
+    fitting = [step for step in steps if total(at(step)) <= room]
+    if not fitting:
+        return [survey.sizes.index(min(survey.sizes)) for survey in heads], False
+    choice, finer = at(fitting[-1]), at(fitting[-1] + 1)
     left = room - total(choice)
     for n, survey in enumerate(heads):
         more = survey.sizes[finer[n]] - survey.sizes[choice[n]]
         if more <= left:
             left, choice[n] = left - more, finer[n]
-    plans = iter([survey.plans[n] for survey, n in zip(heads, choice, strict=True)])
-    return [[next(plans) for _ in one] for one in surveys], not any(choice)
+    return choice, True
 
 
 def _encoded(seen: AttentionMap, plans: Sequence[Plan], small: tuple[int, int]) -> list[Encoded]:
@@ -425,7 +437,7 @@ def _encoded(seen: AttentionMap, plans: Sequence[Plan], small: tuple[int, int]) 
         else:
             pool.add(start, codes)
 
-    with ThreadPoolExecutor() as workers:
+    with ThreadPoolExecutor(torch.get_num_threads()) as workers:
         for start, cells, visible in _blocks(seen):
             list(workers.map(add, range(len(plans)), [start] * len(plans), cells, visible))
     encoded = []

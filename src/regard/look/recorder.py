@@ -28,31 +28,37 @@ def record(model: nn.Module, budget: int | str = "1GB") -> Iterator[Recording]:
     """Record the weights of every attention call of a model, as it is: p = softmax(scores), before dropout.
 
     Seen are scaled_dot_product_attention, every softmax that is multiplied with values, and regard's own, in eager,
-    scripted, traced, exported and compiled models, in training and not; the weights are read afterwards from the
-    `Recording`. The model computes what it always does, but for two things. Compiled models run uncompiled. The fast
-    path of nn.TransformerEncoder and nn.MultiheadAttention is off, so that padded positions, which it leaves at 0,
-    hold what the layers make of them. Other threads are not seen, and flex_attention runs and is named in `unseen`.
+    scripted, traced, exported and compiled models, in training and not. The model computes what it always does, but
+    for two things: what is compiled runs uncompiled; and the fast path of nn.TransformerEncoder and
+    nn.MultiheadAttention is off, so that padded positions, where it leaves 0, hold what the layers make of them. Other
+    threads are not seen. flex_attention, and whatever else keeps its weights to itself, is named in `unseen`.
+
+    A map's `error` is how far its weights, multiplied with the values, are from what the model made of some rows; None
+    where dropout changed that. A row that may attend nothing has weights 0, whatever the model made of it.
 
     Args:
-        model: whose modules name the calls; one of several calls of a module is "name (2)", and so on. The calls of a
-            module while `generate` adds keys are one map.
-        budget: bytes to keep, as a number or as "1GB", "500 MB". Each call is kept exactly while there is room, as
-            queries and keys or as weights, whichever is less, and as statistics only after that.
+        model: whose modules name the calls; the second call of a module is "name (2)", and so on. Calls to which a
+            decoder's cache adds keys, step by step, are one map.
+        budget: bytes to keep, as a number or as "1GB", "500 kB". There is room for every map of a model of some layers
+            and some thousand tokens in the default; a call is kept as queries and keys or as weights, whichever is
+            less, and as statistics only where there is no room for that.
 
     Raises:
-        ValueError: at the end of the block, where no attention was seen, or where the budget does not hold the
-            statistics.
+        ValueError: at the end of the block, where no attention was seen, or where the budget does not even hold the
+            statistics, naming the least that does.
         RuntimeError: inside another recording.
+        TypeError: for a model that is no nn.Module.
 
-    >>> encoder = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    >>> encoder = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
     >>> with record(encoder) as seen:
     ...     out = encoder(torch.randn(2, 5, 16))
-    >>> seen
-    Recording(1 map, 2.1 kB)
-      AttentionMap('self_attn', self, 2 × 4 × 5 × 5, weights, off by ...)
+    >>> seen["self_attn"].shape, seen["self_attn"].kind, seen["self_attn"].error < 1e-5
+    ((2, 4, 5, 5), 'self', True)
     >>> seen["self_attn"].weights(heads=[0], rows=slice(0, 2)).shape
     torch.Size([2, 1, 2, 5])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; an nn.Module fits")
     if kernels.OBSERVER.get() is not None:
         raise RuntimeError("record runs inside another record; one recording is made at a time")
     seen = Recording(parse_bytes(budget))
@@ -130,17 +136,15 @@ class Recording:
 
     def _add(self, seen: AttentionMap) -> None:
         """Keep it exactly, if there is room; else what takes less."""
-        size = sum(x.numel() * x.itemsize for x in seen._tensors() if not self._shares(x))
-        if self._make_room(size, _cheapest):
-            seen = _each(seen, _copy, self._share)
-        else:
-            seen = _least(seen)
-            size = seen.nbytes
-            if not self._make_room(size, _least):
-                self._lacking = size
+        size = 0
+        for less in (None, _cheapest, _least):
+            seen = seen if less is None else less(seen)
+            size = sum(x.numel() * x.itemsize for x in seen._tensors() if not self._shares(x))
+            if self._make_room(size, less or _cheapest):
+                self.maps.append(_each(seen, _copy, self._share))
+                self._held += size
                 return
-        self.maps.append(seen)
-        self._held += size
+        self._lacking = size
 
     def _make_room(self, size: int, less: Callable[[AttentionMap], AttentionMap]) -> bool:
         """Whether so many bytes more are within the budget, once other maps, the latest first, keep less if need be."""

@@ -168,7 +168,9 @@ class Watch(TorchDispatchMode):
         out, lse, (batch, heads, queries, _) = results[0].detach(), results[1], query.shape
         if not out.numel() or not key.numel():
             return
-        lse = lse.detach().reshape(batch, heads, -1)[..., :queries] if lse is not None and lse.numel() else None
+        if lse is not None:
+            known = lse.numel() and given.get("compute_log_sumexp", True)
+            lse = lse.detach().reshape(batch, heads, -1)[..., :queries] if known else None
         mask, bias = read_mask(given.get("attn_mask", given.get("attn_bias")), batch)
         if given["is_causal"]:
             causal = Causal(align="upper_left")
