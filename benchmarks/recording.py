@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from time import perf_counter
 import torch
 from torch.nn import functional as F
 
+from benchmarks import memory
 from regard.look.recorder import record
 
 TOKENS, LONG = 1024, 8192
@@ -106,7 +106,7 @@ def long() -> float:
     seen.maps[0].stats()
     with tempfile.TemporaryDirectory() as folder:
         page(seen, path=Path(folder, "page.html"))
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 2**20 * memory._status("VmHWM")
 
 
 if __name__ == "__main__":

@@ -261,6 +261,14 @@ def test_tokens_by_the_name_of_the_map():
     assert tokens_of(made) == [[source, source], [target, source]]
 
 
+def test_tokens_that_the_map_brings():
+    seen = softmaxed(2, 3, 4).labelled("abc", "wxyz")
+    described, _ = read(page(seen))
+    assert described["tokens"] == [list("abc"), list("wxyz")]
+    described, _ = read(page(seen, "def", "stuv"))
+    assert described["tokens"] == [list("def"), list("stuv")]
+
+
 def test_hostile_tokens_leave_no_markup():
     made = page(AttentionMap.from_weights(torch.eye(len(HOSTILE)), HOSTILE[0]), HOSTILE, title=HOSTILE[0])
     assert "<img" not in made.html

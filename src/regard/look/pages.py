@@ -144,8 +144,8 @@ def page(
         maps: an AttentionMap, several, or what `regard.record` returned.
         query_tokens: names of the queries, the same for all maps whose sides they fit, or by map:
             {"encoder*": source, "decoder*": target}, the first pattern (as of file names) that fits a name.
-        key_tokens: names of the keys, in the same way; None takes the queries' for self attention. Without tokens
-            places are numbered.
+        key_tokens: names of the keys, in the same way; None takes the queries' for self attention. Without any, those
+            that a map was labelled with; and places are numbered where there are none.
         path: where to write the file; None writes none.
         other: maps of the same shapes to compare with these, such as another model's.
         sample: which of the batch.
@@ -266,6 +266,7 @@ def _tokens(
     sides = []
     for seen in maps:
         own = [_of_map(given, seen.name) for given in (query_tokens, key_tokens)]
+        own = own if any(own) else [seen.query_tokens, seen.key_tokens]
         lengths = seen.shape[2:]
         found: list[int | None] = []
         for given, back, length, name in zip(own, own[::-1], lengths, ("query_tokens", "key_tokens"), strict=True):
