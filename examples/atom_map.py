@@ -43,8 +43,8 @@ found = [before[n] for n in weights.argmax(-1)]
 right = sum(a == b for a, b in zip(found, TRUE, strict=True))
 print(f"atoms of the product that look at themselves before: {right} of {len(TRUE)}")
 
-labels = [[f"{tokens[n]}{n}" for n in some] for some in (after, before)]
-ax = heatmap(weights, *labels)
+labels = {n: f"{tokens[n]}{n}" for n in atoms}
+ax = heatmap(weights, [labels[n] for n in after], [labels[n] for n in before])
 ax.set(title=REACTION.replace(">>", "\n>> "), xlabel="atoms before", ylabel="atoms of the product")
 ax.title.set_fontsize("small")
 part = out.with_name(f"part-{out.name}")

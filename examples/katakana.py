@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("katakana.png"))
 out = parser.parse_args().out
 
-WORDS = ["attention", "python", "computer", "chocolate", "hospital", "university", "elephant"]
+WORDS = ["python", "computer", "chocolate", "hospital", "university", "elephant", "attention"]
 with safe_open(str(files("e2k.models") / "model-c2k.safetensors"), "pt") as file:
     state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, it is no dict
     letters, kana = (file.metadata()[name].split("\0") for name in ("in_table", "out_table"))
@@ -45,26 +45,27 @@ class Katakana(nn.Module):
 
 
 torch.set_grad_enabled(False)
-model, package, same = Katakana().eval(), e2k.C2K(), 0
+model, package, same, source, said = Katakana().eval(), e2k.C2K(), 0, torch.empty(0), [START]
 model.load_state_dict(state)
 for word in WORDS:
     source, said = torch.tensor([[START, *map(letters.index, word), END]]), [START]
     while said[-1] != END and len(said) <= 16:
         said.append(int(model(source, torch.tensor([said]))[0, -1].argmax()))
     same += "".join(kana[n] for n in said[1:-1]) == package(word)
-    if word == WORDS[0]:
-        with regard.record(model) as seen:
-            model(source, torch.tensor([said[:-1]]))
-        ours, sounds = seen["attn"].weights()[0], [kana[n] for n in said[1:]]
-        theirs, memory = package.s2s.attn, model.encoder_fc(model.encoder(model.e_emb(source))[0])[0].numpy()
-        state = model.pre_decoder(model.k_emb(torch.tensor(said[:-1])))[0].numpy()
-        scores = theirs.split_heads(theirs.q_proj.forward(state)) @ theirs.memory(memory)[0] / theirs.scale
-        apart = (ours - torch.from_numpy(scores).softmax(-1)).abs().max()
+
+# The last word: its weights, and what the package makes them.
+with regard.record(model) as seen:
+    model(source, torch.tensor([said[:-1]]))
+ours, sounds = seen["attn"].weights()[0], [kana[n] for n in said[1:]]
+theirs, memory = package.s2s.attn, model.encoder_fc(model.encoder(model.e_emb(source))[0])[0].numpy()
+state = model.pre_decoder(model.k_emb(torch.tensor(said[:-1])))[0].numpy()
+scores = theirs.split_heads(theirs.q_proj.forward(state)) @ theirs.memory(memory)[0] / theirs.scale
+apart = (ours - torch.from_numpy(scores).softmax(-1)).abs().max()
 print(f"words that the package says alike: {same} of {len(WORDS)}; weights differ by {apart:.1e}")
 
 figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
 for head, ax in enumerate(axes.flat):
-    heatmap(ours[head], sounds, ["^", *WORDS[0], "$"], ax, vmax=1.0, colorbar=False).set_title(f"head {head}")
+    heatmap(ours[head], sounds, ["^", *WORDS[-1], "$"], ax, vmax=1.0, colorbar=False).set_title(f"head {head}")
 figure.colorbar(axes[0, 0].images[0], ax=axes, label="attention weight, of all heads")
 part = out.with_name(f"part-{out.name}")
 plt.savefig(part, dpi=150)

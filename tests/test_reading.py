@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_weights_of_every_format(write: Callable[[Path], Path], tmp_path: Path) 
 def test_several_maps_in_their_natural_order(tmp_path: Path) -> None:
     torch.save([WEIGHTS * n for n in range(12)], tmp_path / "attentions.pt")
     assert [seen.name for seen in read(tmp_path / "attentions.pt")] == [str(n) for n in range(12)]
-    np.savez(tmp_path / "x.npz", **{f"layer{n}.probs": WEIGHTS.numpy() for n in (10, 9, 2)}, bias=np.ones(3))
+    arrays: dict[str, Any] = {f"layer{n}.probs": WEIGHTS.numpy() for n in (10, 9, 2)}
+    np.savez(tmp_path / "x.npz", **arrays, bias=np.ones(3))
     found = read(tmp_path / "x.npz", weights="layer*.probs")
     assert [seen.name for seen in found] == ["layer2.probs", "layer9.probs", "layer10.probs"]
 

@@ -152,6 +152,7 @@ KINDS = {
     "fused, causal": sdpa(is_causal=True),
     "fused, scale": sdpa(scale=0.3),
     "fused, bool mask": sdpa(attn_mask=CAUSAL | (torch.arange(6) == 3)),
+    "fused, finite mask": sdpa(attn_mask=torch.zeros(6, 6).masked_fill(~CAUSAL, -1e9)),
     "fused, bias and mask": sdpa(attn_mask=torch.randn(2, 6, 6).masked_fill(~CAUSAL, -torch.inf)),
     **{
         each.__name__.replace("_", " "): each
@@ -182,12 +183,30 @@ def test_weights_are_those_of_the_model(kind: str, train: bool) -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["fused, causal", "masked in place", "biased", "where allowed"])
+@pytest.mark.parametrize(
+    "kind",
+    ["fused, causal", "fused, finite mask", "fused, bias and mask", "masked in place", "biased", "where allowed"],
+)
 def test_masked_is_not_zero(kind: str) -> None:
     model = Attending(KINDS[kind])
     with record(model) as seen:
         model(X)
     assert torch.equal(seen.maps[0].visible(), CAUSAL.expand(3, 2, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        *((kind, Scores) for kind in ("fused", "by hand", "masked in place", "biased", "where allowed", "grouped")),
+        *((kind, Weights) for kind in ("soft capped", "with sink", "zeroed after", "additive")),
+    ],
+)
+def test_what_made_the_scores_is_kept_where_that_is_known(kind: str, kept: type) -> None:
+    model = Attending(KINDS[kind], heads=8)
+    with record(model) as seen:
+        model(X)
+    assert type(seen.maps[0].kept) is kept
+    assert_weights(seen.maps[0], model.expected)
 
 
 def test_half_precision_weights_are_those_before_the_cast() -> None:
@@ -248,6 +267,18 @@ def test_other_hands_cannot_change_what_is_kept() -> None:
     k.zero_()
     assert isinstance(seen.maps[0].kept, Scores)
     assert_weights(seen.maps[0], expected)
+
+
+def test_weights_the_other_way_round_are_no_attention() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.softmax(q @ k.mT, -1)
+        return (p.mT @ v) + p @ v, p
+
+    model = Attending(attend)
+    with record(model) as seen:
+        model(X)
+    (only,) = seen
+    assert_weights(only, model.expected)
 
 
 def test_one_query_of_each_sample() -> None:
@@ -719,8 +750,11 @@ def test_an_exception_within_goes_on_and_all_is_as_before() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with record(model) as seen:
+        with pytest.raises(AssertionError, match="dimension of 8, but got 5"):
+            model(torch.randn(3, 6, 5))
         model(X)
-    assert seen.maps[0].name == "attention"
+        nn.MultiheadAttention(8, 2)(X, X, X)
+    assert [each.name for each in seen] == ["attention", "Classifier"]
 
 
 def test_one_recording_at_a_time() -> None:

@@ -177,7 +177,8 @@ def look(options: argparse.Namespace) -> None:
     if len(maps) == 1 and maps[0].shape[1] == 1:
         (seen,) = maps
         tokens = seen.query_tokens, seen.key_tokens
-        figure = heatmap(seen.weights()[0, 0], *tokens, mask=seen.visible()[0, 0]).figure
+        figure = heatmap(seen.weights()[0, 0], *tokens, mask=seen.visible()[0, 0]).get_figure(root=True)
+        assert figure is not None
     else:
         figure = show_maps(maps)
     with replacing(out) as part:

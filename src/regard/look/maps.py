@@ -158,9 +158,11 @@ class AttentionMap:
         """(batch, heads, queries, keys)."""
         match self.kept:
             case Weights(weights, _):
-                return tuple(weights.shape)
+                batch, heads, queries, keys = weights.shape
+                return batch, heads, queries, keys
             case Scores(problem, _):
-                return (*problem.leading, problem.queries, problem.keys)  # pyright: ignore[reportReturnType]
+                batch, heads = problem.leading
+                return batch, heads, problem.queries, problem.keys
         return self.kept.shape
 
     @property

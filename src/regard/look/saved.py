@@ -21,9 +21,8 @@ from regard.look.stats import Statistics
 from regard.normalizers import Entmax15, Sigmoid, Softmax, Sparsemax
 from regard.problem import Problem
 
-_PAIRS = {
-    pair.__name__: pair for pair in (reference.DotPair, reference.AdditivePair, reference.L1Pair, reference.L2Pair)
-}
+_KNOWN = (reference.DotPair, reference.AdditivePair, reference.L1Pair, reference.L2Pair)
+_PAIRS = {pair.__name__: pair for pair in _KNOWN}
 _NORMALIZERS = {normalizer.__name__: normalizer for normalizer in (Softmax, Sparsemax, Entmax15, Sigmoid)}
 
 
@@ -71,13 +70,14 @@ def _describe(each: AttentionMap, prefix: str, tensors: dict[str, Tensor]) -> di
             put(thumbnail=thumbnail, **stats._asdict())
             said["shape"] = shape
         case Scores(problem, lse):
-            pair, normalizer = type(problem.pair).__name__, type(problem.normalizer).__name__
-            if pair not in _PAIRS or normalizer not in _NORMALIZERS:
-                raise ValueError(f"{each.name!r} is of {pair} and {normalizer}; save AttentionMap.from_weights instead")
+            pair, normalizer = problem.pair, type(problem.normalizer).__name__
+            if not isinstance(pair, _KNOWN) or normalizer not in _NORMALIZERS:
+                of = f"{type(pair).__name__} and {normalizer}"
+                raise ValueError(f"{each.name!r} is of {of}; save AttentionMap.from_weights instead")
             put(query=problem.query, key=problem.key, keep=problem.keep, bias=problem.bias, lse=lse)
-            settings = problem.pair._asdict()
+            settings = pair._asdict()
             put(v=settings.pop("v", None))
-            said.update(pair=pair, settings=settings, normalizer=normalizer)
+            said.update(pair=type(pair).__name__, settings=settings, normalizer=normalizer)
             if problem.intervals is not None:
                 said["intervals"] = []
                 for n, interval in enumerate(problem.intervals):
