@@ -254,7 +254,7 @@ def doctor(options: argparse.Namespace) -> None:
         ("CJK font", cjk_font()),
     ]
     for name, said in rows:
-        print(f"{name:<12}{said}")
+        print(f"{name:<14}{said}")
 
 
 def cuda() -> str:
