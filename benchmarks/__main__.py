@@ -1,4 +1,4 @@
-"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment` or `recording`.
+"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment`, `recording` or `page`.
 
 `-h` after a name says more.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("cpu", "toy", "memory", "alignment", "recording")
+NAMES = ("cpu", "toy", "memory", "alignment", "recording", "page")
 
 
 def main() -> int:
