@@ -44,11 +44,11 @@ def measure(case: str, impl: str, length: int) -> float:
         query, key, value = (torch.randn(1, size, SIZE, requires_grad=True) for _ in range(3))
         call = attention(case, impl, size)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         out = call(query, key, value)
         out.sum().backward()
     kept = sum(x.numel() * x.element_size() for x in (out, query, key, value)) / 2**20
-    return _status("VmHWM") - before - kept
+    return status("VmHWM") - before - kept
 
 
 def peak(case: str, impl: str, length: int) -> float:
@@ -58,7 +58,7 @@ def peak(case: str, impl: str, length: int) -> float:
     return float(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 

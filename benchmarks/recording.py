@@ -21,9 +21,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import memory
-from regard.look.recorder import record
+from regard.look import record, table
 
-TOKENS, LONG = 1024, 8192
+TOKENS, LONG, LAYERS = 1024, 8192, 8
 SLOWER, KEPT, PEAK = 1.6, 0.1, 1e9  # of the eager run's time, of its weights' bytes, in bytes
 
 
@@ -39,12 +39,12 @@ def main() -> int:
     command = [sys.executable, "-m", "benchmarks.recording", "--long"]
     root = Path(__file__).parents[1]
     peak = float(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    eager = 4 * LONG * LONG * 4
+    eager = LAYERS * 4 * LONG * LONG * 4
     bars = (
         (f"time of recording, of the eager run's with weights, {TOKENS:,} tokens", slower, SLOWER),
         ("bytes kept, of those of the weights", kept, KEPT),
         (
-            f"peak GB of record, statistics and page, {LONG:,} tokens × 4 heads (weights: {eager / 1e9:.1f})",
+            f"peak GB of record, statistics and page, {LONG:,} tokens, {LAYERS} × 4 heads; weights: {eager / 1e9:.1f}",
             peak / 1e9,
             PEAK / 1e9,
         ),
@@ -100,13 +100,14 @@ def long() -> float:
     torch.manual_seed(0)
     from regard.look.pages import page
 
-    query, key, value = (torch.randn(1, 4, LONG, 64) for _ in range(3))
+    x = torch.randn(1, 4, LONG, 64)
     with record(torch.nn.Identity()) as seen:
-        F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    seen.maps[0].stats()
+        for _ in range(LAYERS):
+            x = torch.randn_like(x) + F.scaled_dot_product_attention(x, torch.randn_like(x), x, is_causal=True)
+    table(seen)
     with tempfile.TemporaryDirectory() as folder:
         page(seen, path=Path(folder, "page.html"))
-    return 2**20 * memory._status("VmHWM")
+    return 2**20 * memory.status("VmHWM")
 
 
 if __name__ == "__main__":

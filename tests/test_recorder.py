@@ -202,7 +202,7 @@ def test_masked_is_not_zero(kind: str) -> None:
     ],
 )
 def test_what_made_the_scores_is_kept_where_that_is_known(kind: str, kept: type) -> None:
-    model = Attending(KINDS[kind], heads=8)
+    model = Attending(KINDS[kind], heads=4)
     with record(model) as seen:
         model(X)
     assert type(seen.maps[0].kept) is kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil, inf
 from typing import Literal, NamedTuple
 
@@ -173,7 +174,7 @@ class AttentionMap:
     @property
     def nbytes(self) -> int:
         """What it keeps, in bytes."""
-        each = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._tensors()}
+        each = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
         return sum(each.values())
 
     def weights(self, heads: Indices | None = None, rows: Indices | None = None, keys: Indices | None = None) -> Tensor:
@@ -235,7 +236,11 @@ class AttentionMap:
         return torch.cat(bands, -2)
 
     def stats(self) -> Statistics:
-        """Statistics of its heads, rows and keys, in linear memory."""
+        """Statistics of its heads, rows and keys, in linear memory; computed once."""
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> Statistics:
         return self.kept.statistics if isinstance(self.kept, Summary) else statistics(self)
 
     def summarized(self, thumbnail: int = 64) -> AttentionMap:
@@ -289,7 +294,7 @@ class AttentionMap:
 
     def _chosen(self, heads: Indices | None, rows: Indices | None, keys: Indices | None) -> tuple[Chosen, ...]:
         named = zip((heads, rows, keys), self.shape[1:], ("heads", "rows", "keys"), strict=True)
-        device = self._tensors()[0].device
+        device = self.tensors()[0].device
         return tuple(None if each is None else indices(each, size, name, device) for each, size, name in named)
 
     def _readable(self) -> Weights | Scores:
@@ -300,7 +305,8 @@ class AttentionMap:
             )
         return self.kept
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """What it keeps."""
         match self.kept:
             case Weights(weights, visible):
                 found = (weights, visible)

@@ -105,7 +105,7 @@ class Recording:
     @property
     def nbytes(self) -> int:
         """What the maps keep together, in bytes."""
-        storages = (x.untyped_storage() for each in self.maps for x in each._tensors())
+        storages = (x.untyped_storage() for each in self.maps for x in each.tensors())
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ class Recording:
         size = 0
         for less in (None, _cheapest, _least):
             seen = seen if less is None else less(seen)
-            size = sum(x.numel() * x.itemsize for x in seen._tensors() if not self._shares(x))
+            size = sum(x.numel() * x.itemsize for x in seen.tensors() if not self._shares(x))
             if self._make_room(size, less or _cheapest):
                 self.maps.append(_each(seen, _copy, self._share))
                 self._held += size
