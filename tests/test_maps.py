@@ -208,6 +208,16 @@ def test_memory_is_of_the_tile() -> None:
     assert_close(tile.flatten(), torch.exp(x[0, 0, -1] * x[0, 0, 10:13, 0]))
 
 
+def test_what_is_repeated_is_repeated_on_a_side_of_one_too() -> None:
+    w = torch.rand(1, 1, 5, 6)
+    seen = AttentionMap.from_weights(w)
+    assert_close(seen.weights(heads=[0, 0]), w.expand(1, 2, 5, 6))
+    assert seen.weights(heads=[]).shape == seen.visible(heads=[]).shape == (1, 0, 5, 6)
+
+
+X = torch.ones(1, 2, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -218,6 +228,12 @@ def test_memory_is_of_the_tile() -> None:
         (lambda: AttentionMap.from_weights(torch.ones(3, 2), visible=torch.ones(2, 3).bool()), ValueError, r"\(2, 3\)"),
         (lambda: AttentionMap.from_weights(torch.ones(3, 2), visible=torch.ones(3, 2)), TypeError, "bool"),
         (lambda: AttentionMap.from_qk(torch.ones(1, 3, 2, 2), torch.ones(1, 2, 2, 2)), ValueError, "divide"),
+        (lambda: AttentionMap.from_qk(torch.ones(1, 2, 2, 3), torch.ones(1, 2, 2, 2)), ValueError, r"\(1, 2, 2, 3\)"),
+        (lambda: AttentionMap.from_qk(torch.ones(1, 2, 2, 3), torch.ones(2, 2, 2, 3)), ValueError, r"\(2, 2, 2, 3\)"),
+        (lambda: AttentionMap.from_qk(torch.ones(1, 2, 2, 3), torch.ones(1, 2, 0, 3)), ValueError, "no side of 0"),
+        (lambda: AttentionMap.from_qk(torch.ones(1, 2, 2, 3), torch.ones(1, 2, 2, 3).half()), TypeError, "float16"),
+        (lambda: AttentionMap.from_qk(X, X, bias=torch.ones(3, 2, 2)), ValueError, r"bias has shape \(3, 2, 2\)"),
+        (lambda: AttentionMap.from_qk(X, X, lse=torch.ones(1, 2)), ValueError, r"lse has shape \(1, 2\)"),
         (lambda: of_causal()[0].weights(heads=[2]), ValueError, "heads is"),
         (lambda: of_causal()[0].weights(rows=[8]), ValueError, "rows is"),
         (lambda: of_causal()[0].weights(keys="ab"), TypeError, "keys is"),  # pyright: ignore[reportArgumentType]

@@ -119,6 +119,39 @@ def test_errors_say_what_is_there(tmp_path: Path) -> None:
         read(tmp_path / "none.npy")
 
 
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", weights=WEIGHTS.numpy(), tokens=np.array(list("abc")), attn_scale=np.ones(3))
+    assert [seen.name for seen in read(tmp_path / "x.npz")] == ["weights"]
+    np.save(tmp_path / "big.npy", WEIGHTS.numpy().astype(">f4"))
+    assert torch.equal(read(tmp_path / "big.npy")[0].weights()[0], WEIGHTS)
+
+
+def test_a_mask_to_be_added_is_no_mask_of_what_is_visible(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "x.npz", attn=WEIGHTS.numpy(), added=np.array([0, 0, 0, 0, -np.inf]), seen=np.array([1, 1, 1, 1, 0])
+    )
+    with pytest.raises(ValueError, match=r"added has dtype torch.float64, and other values than 0 and 1"):
+        read(tmp_path / "x.npz", visible="added")
+    assert read(tmp_path / "x.npz", visible="seen")[0].visible()[0, 0, 0].tolist() == [True] * 4 + [False]
+
+
+def test_odd_files_are_refused_in_words(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000), }".ljust(117) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=r"x\.npy"):
+        read(tmp_path / "x.npy")
+    torch.save({"attn": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"attn is .*dense"):
+        read(tmp_path / "x.pt")
+    torch.save({"q": torch.ones(1, 1, 2, 2).long(), "k": torch.ones(1, 1, 2, 2)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"q has dtype torch.int64"):
+        read(tmp_path / "x.pt", query="q", key="k")
+    for said in ("nojson", "{}", "5", "[{}]", '[{"name": "a"}]'):
+        save_file({"w": torch.ones(2, 2)}, tmp_path / "x.safetensors", {"regard": said})
+        with pytest.raises(ValueError, match=r"x\.safetensors holds no maps"):
+            read(tmp_path / "x.safetensors")
+
+
 def test_what_does_not_sum_to_one_is_taken_as_it_is(tmp_path: Path) -> None:
     odd = np.array([[0.2, 0.3], [np.nan, 0.5], [0.0, 0.0]])
     np.save(tmp_path / "x.npy", odd)

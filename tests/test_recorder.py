@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -567,6 +569,29 @@ def test_generated_steps_are_one_map(hub: Any, name: str, padded: bool) -> None:
     assert not grown.visible()[0].triu(1).any()
 
 
+def test_two_texts_are_two_maps_of_each_module(hub: Any) -> None:
+    model = hugging_face(hub, "T5", "sdpa", "ForConditionalGeneration").eval()
+    ids = torch.randint(2, 50, (1, 6))
+    with record(model) as seen:
+        for _ in range(2):
+            model.generate(ids, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    names = [each.name for each in seen]
+    assert all(f"{name} (2)" in names for name in names if not name.endswith("(2)"))
+    for name in (name for name in names if not name.endswith("(2)")):
+        assert_close(seen[name].weights(), seen[f"{name} (2)"].weights())
+
+
+def test_grouped_heads_of_windowed_steps_are_heads(hub: Any) -> None:
+    config = hub.MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = hub.MistralForCausalLM(config).eval()
+    with record(model) as seen:
+        model.generate(torch.randint(2, 50, (2, 6)), min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    assert {each.shape[1] for each in seen} == {4}
+
+
 def test_beams_that_change_places_are_not_one_map(hub: Any) -> None:
     model = hugging_face(hub, "Llama", "sdpa", "ForCausalLM").eval()
     ids = torch.randint(2, 50, (2, 6))
@@ -760,10 +785,94 @@ def test_an_exception_within_goes_on_and_all_is_as_before() -> None:
 def test_one_recording_at_a_time() -> None:
     model = Classifier()
     with record(model) as seen:
-        with pytest.raises(RuntimeError, match="one recording is made at a time"), record(model):
+        with pytest.raises(RuntimeError, match="inside another record"), record(model):
             pass
         model(X)
     assert len(seen) == 1
+
+
+def test_another_thread_neither_records_nor_names() -> None:
+    entered, go, errors = Event(), Event(), list[BaseException]()
+
+    class Waiting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            entered.set()
+            go.wait(10)
+            return x
+
+    def other() -> None:
+        model[0](X)
+        try:
+            with record(model):
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    def meet(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        thread = Thread(target=other)
+        thread.start()
+        entered.wait(10)
+        found = by_hand(q, k, v)
+        go.set()
+        thread.join()
+        return found
+
+    model = nn.Sequential(Waiting(), Attending(meet))
+    with record(model) as seen:
+        model[1](X)
+    assert [each.name for each in seen] == ["1"]
+    assert "of this or another thread" in str(errors[0])
+    with pytest.raises(ValueError, match="no attention"), record(model):  # the next may begin
+        pass
+
+
+@pytest.mark.parametrize("layout", ["sparse", "nested"])
+def test_tensors_that_cannot_be_followed_are_let_through(layout: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.attention = nn.Linear(8, 8), Attending(sdpa())
+
+        def forward(self, x: Tensor) -> Tensor:
+            if layout == "sparse":
+                eye = torch.eye(6).to_sparse()
+                x = torch.stack([torch.sparse.mm(eye, each) for each in x])
+            else:
+                nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+                x = x + self.linear(nested).unbind()[0]
+            return self.attention(x)
+
+    model = Odd()
+    expected = model(X)
+    with record(model) as seen:
+        assert torch.equal(model(X), expected)
+    assert_weights(seen["attention"], model.attention.expected)
+
+
+def test_scores_far_below_zero_hide_nothing_by_that_alone() -> None:
+    def far(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = (q @ k.mT - 1e4).softmax(-1)
+        return p @ v, p
+
+    model = Attending(far)
+    with record(model) as seen:
+        model(X)
+    assert seen.maps[0].visible().all()
+    assert_weights(seen.maps[0], model.expected)
+
+
+def test_the_least_budget_that_is_named_does() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 3).eval()
+    x = torch.randn(1, 200, 16)
+    for budget in (10, 50_000):
+        with pytest.raises(ValueError, match="budget is") as error, record(model, budget):
+            model(x)
+        least = int(re.search(r"pass budget=(\d+)", str(error.value))[1])  # pyright: ignore[reportOptionalSubscript]
+        with record(model, least) as seen:
+            model(x)
+        assert seen.nbytes <= least
+        with pytest.raises(ValueError, match="budget is"), record(model, least - 1):
+            model(x)
 
 
 def test_names() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, inf
+from math import ceil, inf, prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -138,11 +138,19 @@ class AttentionMap:
         `scale` None is 1/√D; `mask` as in `regard.attend`; `lse` (B, H, Lq) is computed if not given. ValueError
         where the shapes do not fit.
         """
-        if query.dim() != 4 or key.dim() != 4 or query.shape[1] % max(1, key.shape[1]):
+        if not query.is_floating_point() or query.dtype != key.dtype:
+            raise TypeError(f"query is {query.dtype} and key {key.dtype}; one floating type for both fits")
+        fit = query.dim() == key.dim() == 4 and 0 not in (*query.shape, *key.shape)
+        if not fit or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
             raise ValueError(
                 f"query and key have shapes {tuple(query.shape)} and {tuple(key.shape)}; (B, H, Lq, D) and "
-                "(B, H, Lk, D) fit, where the key may have fewer heads that divide the query's"
+                "(B, H, Lk, D) fit, no side of 0, where the key may have fewer heads that divide the query's"
             )
+        whole = (*query.shape[:3], key.shape[2])
+        if bias is not None and not broadcasts(bias.shape, whole):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must broadcast to {whole}")
+        if lse is not None and lse.shape != whole[:3]:
+            raise ValueError(f"lse has shape {tuple(lse.shape)}; {whole[:3]} fits")
         query, key = query.detach(), key.detach()
         grid = Grid(tuple(query.shape[:2]), query.shape[2], key.shape[2], query.device)
         intervals, keep = (None, None) if mask is None else as_mask(mask).lower(grid)
@@ -174,7 +182,10 @@ class AttentionMap:
     @property
     def nbytes(self) -> int:
         """What it keeps, in bytes."""
-        each = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
+        each = {
+            x.data_ptr(): prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.itemsize
+            for x in self.tensors()
+        }
         return sum(each.values())
 
     def weights(self, heads: Indices | None = None, rows: Indices | None = None, keys: Indices | None = None) -> Tensor:
@@ -186,7 +197,9 @@ class AttentionMap:
         chosen = self._chosen(heads, rows, keys)
         match self._readable():
             case Weights(weights, _):
-                return reference.widened(_part(weights, *chosen))
+                for dim, some in enumerate(chosen, 1):
+                    weights = weights if some is None else weights.index_select(dim, some)
+                return reference.widened(weights)
             case Scores(problem, lse):
                 return _tile(problem, lse, *chosen)
 

@@ -154,7 +154,7 @@ def page(
         budget: bytes of the file at most, or text such as "32MB".
 
     Raises:
-        ValueError: tokens of another number than the map has; nothing to show; weights below 0 or infinite; a budget
+        ValueError: tokens of another number than the map has; nothing to show; weights below 0 or above 359; a budget
             that is too small, naming the least.
 
     >>> seen = AttentionMap.from_weights(torch.rand(2, 3, 3).softmax(-1), "layer 0")
@@ -266,7 +266,8 @@ def _tokens(
     sides = []
     for seen in maps:
         own = [_of_map(given, seen.name) for given in (query_tokens, key_tokens)]
-        own = own if any(own) else [seen.query_tokens, seen.key_tokens]
+        if all(each is None for each in own):
+            own = [seen.query_tokens, seen.key_tokens]
         lengths = seen.shape[2:]
         found: list[int | None] = []
         for given, back, length, name in zip(own, own[::-1], lengths, ("query_tokens", "key_tokens"), strict=True):

@@ -50,11 +50,14 @@ def read(
     if path.suffix == ".safetensors" and _is_ours(path):
         return load(path)
     arrays = _arrays(path)
-    mask = None if visible is None else _named(arrays, visible, path).bool()
+    mask = None if visible is None else _as_bool(_named(arrays, visible, path), visible)
     if query is not None or key is not None:
         if query is None or key is None or weights is not None:
             raise ValueError("query and key go together, and instead of weights")
         q, k = (_named(arrays, name, path) for name in (query, key))
+        for name, x in ((query, q), (key, k)):
+            if not x.is_floating_point():
+                raise ValueError(f"{name} has dtype {x.dtype}; queries and keys are of a floating type")
         return [AttentionMap.from_qk(q, k, path.stem, scale=scale, mask=mask)]
     names = _matching(arrays, weights, path)
     return [AttentionMap.from_weights(_checked(arrays[name], name), name, visible=mask) for name in names]
@@ -81,11 +84,12 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             several = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-            return {name: torch.from_numpy(array) for name, array in several.items()}
+            numeric = {name: array for name, array in several.items() if array.dtype.kind in "biuf"}
+            return {name: torch.from_numpy(x.astype(x.dtype.newbyteorder("="))) for name, x in numeric.items()}
     except UnpicklingError as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"{path} was not read, for it holds more than tensors, or is broken: {said}") from None
-    except (ValueError, TypeError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, RuntimeError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as a {path.suffix} file: {said}") from None
 
@@ -106,7 +110,7 @@ def _matching(arrays: dict[str, Tensor], pattern: str | None, path: Path) -> lis
     elif len(arrays) == 1 or all(name.isdigit() for name in arrays):
         names = list(arrays)
     else:
-        names = [name for name in arrays if LIKELY.search(name) and arrays[name].is_floating_point()]
+        names = [name for name, x in arrays.items() if LIKELY.search(name) and x.is_floating_point() and x.dim() > 1]
     if not names:
         sought = "named attn, attention or weights" if pattern is None else f"{pattern!r}"
         raise ValueError(f"{path} has no array {sought}; it has {_contents(arrays)}")
@@ -119,6 +123,13 @@ def _named(arrays: dict[str, Tensor], name: str, path: Path) -> Tensor:
     return arrays[name]
 
 
+def _as_bool(x: Tensor, name: str) -> Tensor:
+    """A mask of bools, or of zeros and ones; one to be added to scores would say the opposite."""
+    if x.dtype != torch.bool and not ((x == 0) | (x == 1)).all():
+        raise ValueError(f"{name} has dtype {x.dtype}, and other values than 0 and 1; bools, True = visible, fit")
+    return x.bool()
+
+
 def _contents(arrays: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in arrays.items()) or "none"
 
@@ -127,6 +138,8 @@ def _checked(weights: Tensor, name: str) -> Tensor:
     """Weights as they are, unless they can be none."""
     if weights.dtype == torch.bool or not weights.is_floating_point():
         raise ValueError(f"{name} has dtype {weights.dtype}; weights are of a floating type")
+    if weights.layout != torch.strided or weights.itemsize == 1:
+        raise ValueError(f"{name} is {weights.dtype}, {weights.layout}; dense float16, bfloat16, 32 and 64 fit")
     low, high = (
         (weights.nan_to_num(0.0, torch.inf, -torch.inf).aminmax())
         if weights.numel()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from regard.problem import Problem
 
 AGREEING = 1e-5  # weights made anew of queries and keys, and those of the model
 CHECKED = 4  # rows of each call
+_ONE = Lock()  # held by a recording: what it switches off, it does for the process
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def record(model: nn.Module, budget: int | str = "1GB") -> Iterator[Recording]:
     Raises:
         ValueError: at the end of the block, where no attention was seen, or where the budget does not even hold the
             statistics, naming the least that does.
-        RuntimeError: inside another recording.
+        RuntimeError: while another recording is made, in this thread or another.
         TypeError: for a model that is no nn.Module.
 
     >>> encoder = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -59,10 +61,10 @@ def record(model: nn.Module, budget: int | str = "1GB") -> Iterator[Recording]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module fits")
-    if kernels.OBSERVER.get() is not None:
-        raise RuntimeError("record runs inside another record; one recording is made at a time")
     seen = Recording(parse_bytes(budget))
     watch = Watch(model, seen._keep)
+    if not _ONE.acquire(blocking=False):
+        raise RuntimeError("record runs inside another record, of this or another thread; one is made at a time")
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     token = kernels.OBSERVER.set(watch.observe)
@@ -73,6 +75,7 @@ def record(model: nn.Module, budget: int | str = "1GB") -> Iterator[Recording]:
         kernels.OBSERVER.reset(token)
         torch.backends.mha.set_fastpath_enabled(fast)
         seen.unseen = watch.unseen
+        _ONE.release()
     seen._close()
 
 
@@ -131,6 +134,8 @@ class Recording:
                 self._held = self.nbytes
                 self._make_room(0, _least)
                 return
+        if seen.kind == "self":
+            self._grown = 0  # another text begins, so that cross attention begins anew as well
         self._latest[seen.name] = _Latest(len(self.maps), times, self._count)
         self._add(seen if times == 1 else replace(seen, name=f"{seen.name} ({times})"))
 
@@ -322,9 +327,9 @@ def _unpacked(before: AttentionMap, seen: AttentionMap) -> AttentionMap:
     if not isinstance(seen.kept, Scores):
         return seen
     problem, lse = seen.kept
-    batch, heads, _, keys = before.shape
+    batch, heads, _, _ = before.shape
     rows, groups = problem.queries, problem.leading[1]
-    if lse is None or rows == 1 or rows * groups != heads or problem.keys != keys + 1:
+    if lse is None or rows == 1 or rows * groups != heads or groups != before.key_heads:
         return seen
     low, high = _bounds(problem)
     problem = problem._replace(

@@ -52,7 +52,14 @@ def load(path: str | PathLike[str]) -> list[AttentionMap]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
-    return [_described(each, f"{n}.", tensors) for n, each in enumerate(described)]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds no maps of regard: {error}") from None
+    try:
+        if not isinstance(described, list):
+            raise TypeError(f"its description is {type(described).__name__}")
+        return [_described(each, f"{n}.", tensors) for n, each in enumerate(described)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} holds no maps of regard, or not all of them: {error!r}") from error
 
 
 def _describe(each: AttentionMap, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

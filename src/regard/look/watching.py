@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import get_ident
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ MASKED = -9e3  # scores from here down hide a key; of the constants in use BERT'
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")  # as modules call how many they have
 OWN_PAIRS = (reference.DotPair, reference.AdditivePair, reference.L1Pair, reference.L2Pair)
 Kind = Literal["self", "cross"]
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 T = TypeVar("T")
 aten = torch.ops.aten
 
@@ -78,11 +80,13 @@ class Watch(TorchDispatchMode):
         """While it lasts, modules say when they are at work."""
         hooks = []
 
+        thread = get_ident()  # others may run the model as well
+
         def entering(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda module, args: self.working.append((name, module))
+            return lambda module, args: self.working.append((name, module)) if get_ident() == thread else None
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
-            if self.working and self.working[-1][1] is module:
+            if get_ident() == thread and self.working and self.working[-1][1] is module:
                 self.working.pop()
 
         try:
@@ -129,6 +133,10 @@ class Watch(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):
             if "attention" in func.name():
                 self._miss(func.name())
+            return func(*args, **kwargs)
+        if any(map(_opaque, _tensors(args))):
+            if re.search("attention|attn|softmax", func.name()):
+                self._miss(f"{func.name()} of nested or sparse tensors")
             return func(*args, **kwargs)
         if _composite(func):  # which arrive whole in inference mode only
             with self:
@@ -265,7 +273,7 @@ class Watch(TorchDispatchMode):
         shape = batch, heads, queries, left.shape[-1]
         visible = None
         if place.shift is not None:
-            visible = common(~(_read(scores, left, -place.shift) <= MASKED).reshape(shape))
+            visible = common(~hidden(_read(scores, left, -place.shift)).reshape(shape))
         kind: Kind = "self" if queries == shape[-1] else "cross"
         if product is not None:
             kind = self.sources.kind(product.query, product.key)
@@ -315,10 +323,12 @@ class _Known(Generic[T]):
         self.limit = 1
 
     def get(self, x: Tensor) -> T | None:
-        fact = self.facts.get(x.untyped_storage()._cdata)
+        fact = None if _opaque(x) else self.facts.get(x.untyped_storage()._cdata)
         return None if fact is None else fact[1]
 
     def put(self, x: Tensor, fact: T | None) -> None:
+        if _opaque(x):
+            return
         storage = x.untyped_storage()
         if fact is None:
             self.facts.pop(storage._cdata, None)
@@ -363,7 +373,7 @@ class _Product(NamedTuple):
             each = narrowed(laid(each))
             bias = each if bias is None else bias + each
         if bias is not None:
-            bias = bias.masked_fill(bias <= MASKED, 0.0) if visible is None else bias.masked_fill(~visible, 0.0)
+            bias = bias if visible is None else bias.masked_fill(~visible, 0.0)
         return laid(self.query), laid(self.key), bias if bias is not None and bias.any() else None
 
 
@@ -449,9 +459,15 @@ def read_mask(mask: Tensor | None, batch: int) -> tuple[Mask | None, Tensor | No
     mask = narrowed(mask.detach()[(None,) * (4 - mask.dim())])
     if mask.dtype == torch.bool:
         return as_mask(common(mask), batch), None
-    hidden = mask <= MASKED
-    bias = mask.masked_fill(hidden, 0.0)
-    return as_mask(common(~hidden), batch), bias if bias.any() else None
+    unseen = hidden(mask)
+    bias = mask.masked_fill(unseen, 0.0)
+    return as_mask(common(~unseen), batch), bias if bias.any() else None
+
+
+def hidden(scores: Tensor) -> Tensor:
+    """Which scores hide a key: the least that there are, or some far below 0 and below the largest of their row."""
+    least = scores <= torch.finfo(scores.dtype).min / 2
+    return least | ((scores <= MASKED) & (scores <= scores.amax(-1, keepdim=True) + MASKED))
 
 
 def as_mask(visible: Tensor | None, batch: int) -> Mask | None:
@@ -502,6 +518,11 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, (list, tuple)):
             yield from (y for y in x if isinstance(y, Tensor))
+
+
+def _opaque(x: Tensor) -> bool:
+    """Whether a tensor has no memory of its own to follow it by."""
+    return x.is_nested or x.is_sparse or x.layout in COMPRESSED
 
 
 def _parallel(x: Tensor, y: Tensor) -> bool:
