@@ -1,9 +1,9 @@
 """What recording costs: `python -m benchmarks recording`.
 
 A Llama of 6 layers at 1,024 tokens is run eagerly with its weights returned, as transformers has it, and recorded as
-it is, in turns, on one thread. In a process of its own, attention with 4 heads at 8,192 tokens is recorded, counted
-and shown on a page. Fails where recording adds more than 60 % to the eager run's time, keeps more than a tenth of its
-weights' bytes, or where the process needs 1 GB.
+it is, in turns, on one thread. In a process of its own, attention of 8 layers of 4 heads at 8,192 tokens is recorded,
+counted and shown on a page. Fails where recording takes more than 1.6 × the eager run's time, keeps more than a tenth
+of its weights' bytes, or where the process needs more than 1 GB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import memory
-from regard.look import record, table
+from regard.look import page, record, table
 
 TOKENS, LONG, LAYERS = 1024, 8192, 8
 SLOWER, KEPT, PEAK = 1.6, 0.1, 1e9  # of the eager run's time, of its weights' bytes, in bytes
@@ -98,7 +98,6 @@ def short(rounds: int) -> tuple[float, float]:
 def long() -> float:
     """Bytes that this process needs at most, what torch itself takes included."""
     torch.manual_seed(0)
-    from regard.look.pages import page
 
     x = torch.randn(1, 4, LONG, 64)
     with record(torch.nn.Identity()) as seen:

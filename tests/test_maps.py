@@ -100,8 +100,8 @@ def test_blocks_make_the_whole(make: Made) -> None:
     seen, weights, _ = make()
     blocks = list(seen.blocks())
     assert len(blocks) > 1
-    assert [n for rows, _ in blocks for n in range(rows.start, rows.stop)] == list(range(seen.shape[2]))
-    assert_close(torch.cat([block for _, block in blocks], -2).double(), weights, atol=1e-6, rtol=1e-5)
+    assert [n for rows, _, _ in blocks for n in range(rows.start, rows.stop)] == list(range(seen.shape[2]))
+    assert_close(torch.cat([block for _, block, _ in blocks], -2).double(), weights, atol=1e-6, rtol=1e-5)
 
 
 @EVERY

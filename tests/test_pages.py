@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 import subprocess
 import sys
 import zlib
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.look import pages
+from regard.look import encoding
 from regard.look.maps import AttentionMap
 from regard.look.pages import Page, page
 
@@ -109,7 +108,7 @@ def test_a_map_of_8192_tokens_fits_into_40_megabytes():
     ((head,),) = read(made)[1]
     weights, a = head.weights, head.said["tolerance"]
     assert a < 1e-4
-    for rows, p in seen.blocks():
+    for rows, p, _ in seen.blocks():
         exact = p[0, 0].double().numpy()
         assert (np.abs(weights[rows] - exact) <= np.maximum(0.02 * exact, a) * (1 + 1e-5)).all()
 
@@ -179,7 +178,7 @@ def test_a_smaller_budget_coarsens_then_keeps_the_largest_then_pools():
 
 def test_the_budget_holds_where_the_sampled_rows_mislead():
     p = softmaxed(1, 1, 1024, 1024).weights()
-    p[..., :: 1024 // pages.SAMPLE_ROWS, :] = torch.eye(1024)[0]
+    p[..., :: 1024 // encoding.SAMPLE_ROWS, :] = torch.eye(1024)[0]
     budget = page(AttentionMap.from_weights(torch.eye(2))).size + 300_000
     assert page(AttentionMap.from_weights(p), budget=budget).size <= budget
 
@@ -288,7 +287,7 @@ def test_the_policy_forbids_the_network_and_names_the_only_script():
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
-    digest = pages.b64encode(sha256(script.encode()).digest()).decode()
+    digest = b64encode(sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", html)
 
@@ -342,8 +341,3 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str):
 def test_what_is_no_map_is_refused():
     with pytest.raises(TypeError, match="maps holds Tensor"):
         page(torch.eye(3))
-
-
-def test_the_examples_in_the_docstrings():
-    globs = {"torch": torch, "AttentionMap": AttentionMap, "page": page}
-    assert doctest.testmod(pages, extraglobs=globs).failed == 0

@@ -24,7 +24,7 @@ from regard.files import parse_bytes
 from regard.kernels import OBSERVER
 from regard.look.maps import AttentionMap, Scores, Summary, Weights
 from regard.look.recorder import Recording, record
-from regard.look.watching import MASKED
+from regard.look.tracing import MASKED
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import torch
 
 import regard
 from regard import kernels
+from regard.files import replacing
 from regard.kernels import cpu
 
 if TYPE_CHECKING:
@@ -172,8 +173,6 @@ def look(options: argparse.Namespace) -> None:
         made = page(maps, path=out, budget=options.budget)
         print(f"{out}: {made}")
         return
-    from regard.files import replacing
-
     if len(maps) == 1 and maps[0].shape[1] == 1:
         (seen,) = maps
         tokens = seen.query_tokens, seen.key_tokens

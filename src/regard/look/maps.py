@@ -219,13 +219,20 @@ class AttentionMap:
                     return _ones(problem.query.device).expand(size)
                 return _pick(allowed, -1, chosen[2]).expand(size)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Row by row in blocks of some megabytes: which rows, and their weights (B, H, rows, Lk)."""
+    def blocks(self, multiple: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The map in blocks of rows of some megabytes, each of a multiple of so many rows, but for the last.
+
+        Which rows; their weights (B, H, rows, Lk), 0 where not visible; and what is visible, (B or 1, H or 1, rows, Lk)
+        bool, with 1 where it is the same for all. ValueError where only statistics were kept.
+        """
         batch, heads, queries, keys = self.shape
-        step = max(1, BLOCK_BYTES // (4 * max(1, batch * heads * keys)))
+        step = multiple * max(1, BLOCK_BYTES // (4 * max(1, batch * heads * keys * multiple)))
         for start in range(0, queries, step):
             rows = slice(start, min(start + step, queries))
-            yield rows, self.weights(rows=rows)
+            visible = self.visible(rows=rows)
+            same_batch, same_heads, *_ = (stride == 0 for stride in visible.stride())
+            visible = visible[: 1 if same_batch else None, : 1 if same_heads else None]
+            yield rows, self.weights(rows=rows).masked_fill(~visible, 0.0), visible
 
     def pooled(self, size: int, how: Literal["max", "mean"] = "max") -> Tensor:
         """(B, H, h, w), at most `size` a side: the largest or mean weight of each block's visible cells.
@@ -235,18 +242,10 @@ class AttentionMap:
         """
         if size < 1 or how not in ("max", "mean"):
             raise ValueError(f"size is {size} and how is {how!r}; an int from 1 on, and 'max' or 'mean' fit")
-        batch, heads, queries, keys = self.shape
-        if isinstance(self.kept, Summary):
-            if how == "max" and max(self.kept.thumbnail.shape[-2:]) <= size:
-                return self.kept.thumbnail
-            self._readable()
-        high, wide = ceil(queries / size), ceil(keys / size)
-        step = high * max(1, BLOCK_BYTES // (4 * max(1, batch * heads * keys * high)))
-        bands = []
-        for start in range(0, queries, step):
-            rows = slice(start, min(start + step, queries))
-            bands.append(_pool(self.weights(rows=rows), self.visible(rows=rows), high, wide, how))
-        return torch.cat(bands, -2)
+        if isinstance(self.kept, Summary) and how == "max" and max(self.kept.thumbnail.shape[-2:]) <= size:
+            return self.kept.thumbnail
+        high, wide = (ceil(side / size) for side in self.shape[2:])
+        return torch.cat([_pool(p, visible, high, wide, how) for _, p, visible in self.blocks(high)], -2)
 
     def stats(self) -> Statistics:
         """Statistics of its heads, rows and keys, in linear memory; computed once."""
@@ -377,15 +376,15 @@ def _ones(device: torch.device) -> Tensor:
 
 def _pool(weights: Tensor, visible: Tensor, high: int, wide: int, how: str) -> Tensor:
     """(B, H, h, w): each block's largest or mean visible weight; NaN for none."""
-    down, across = -weights.shape[-2] % high, -weights.shape[-1] % wide
-    fill = -inf if how == "max" else 0.0
-    cells = F.pad(weights.masked_fill(~visible, fill), (0, across, 0, down), value=fill)
-    cells = cells.unflatten(-1, (-1, wide)).unflatten(-3, (-1, high))
-    if how == "max":
-        largest = cells.amax((-3, -1))
-        return largest.masked_fill(largest == -inf, torch.nan)
-    seen = F.pad(visible, (0, across, 0, down)).unflatten(-1, (-1, wide)).unflatten(-3, (-1, high))
-    return cells.sum((-3, -1)) / seen.sum((-3, -1))
+
+    def blocks(x: Tensor, fill: float) -> Tensor:
+        down, across = -x.shape[-2] % high, -x.shape[-1] % wide
+        return F.pad(x, (0, across, 0, down), value=fill).unflatten(-1, (-1, wide)).unflatten(-3, (-1, high))
+
+    if how == "mean":
+        return blocks(weights, 0.0).sum((-3, -1)) / blocks(visible, 0.0).sum((-3, -1))
+    largest = blocks(weights.masked_fill(~visible, -inf), -inf).amax((-3, -1))
+    return largest.masked_fill(largest == -inf, torch.nan)
 
 
 # --- Problems in two leading dimensions.

@@ -1,85 +1,44 @@
 """One HTML file that shows attention maps: every head at a glance, and every weight of each, without a network.
 
-A weight p is one byte. With a tolerance a, chosen for each head by the budget, codes are linear in steps of 2a up to
-50a, and logarithmic in steps of 4 % from there:
-
-    n = p / 2a                             for p ≤ 50a
-    n = 25 + log(p / 50a) / log 1.04       above
-
-rounded to whole numbers, so that every weight comes back within 2 % or a of what it was. Codes grow with the weight:
-the largest of a block of weights is the largest of its codes. `page/cells.js` reads what is written here.
+Its scripts and styles stand in `page/`; weights are written as `encoding.py` says.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import zlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
-from math import ceil, inf, isfinite, isqrt, log
+from math import ceil, isfinite, isqrt
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from regard.files import parse_bytes, replacing
+from regard.look import encoding
+from regard.look.encoding import TOLERANCES, Encoded, Plan
 from regard.look.maps import AttentionMap
 
-# --- What a byte says. In this order the largest code of a block is the one to show for it.
-
-MASKED = 0  # may not be attended
-ABSENT = 1  # not among the largest of its row, which alone are kept
-ZERO = 2
-NAN = 255
-LINEAR = 25  # steps; 2 % of where they end is the tolerance
-GROWTH = 1.04
-STEPS = NAN - 1 - ZERO
-
-# On all of these scales a weight of 1 is a code of its own. The coarsest, below 1e-3, is the last that is called exact.
-TOLERANCES = [GROWTH ** -(77 + 12 * n) / (2 * LINEAR) for n in range(19)]
 SINKS = 0.3  # the mean weight from which a key is called a sink
 THUMBNAIL_CELLS = 2**21  # of all heads together
-KEPT = [256, 64, 16]  # weights of each row
-SIDES = [1024, 512, 256, 128]  # of a pooled head
-LARGEST = 2**28  # cells of a head: what a browser can hold
-SAMPLE_ROWS = 64  # from which the size of a head is estimated
 PLAN_BYTES = 80  # what a plan takes in JSON
-MARGIN = 0.97  # of the budget, for what that estimate misses
+MARGIN = 0.97  # of the budget, for what the estimates of encoding.py miss
 
 STYLES = ("page.css",)
-SCRIPTS = ("words.js", "cells.js", "surfaces.js", "views.js", "page.js")
+SCRIPTS = ("words.js", "cells.js", "surfaces.js", "views.js", "page.js", "overview.js", "head.js", "events.js")
 LANGUAGES = ("en", "zh")
 
 Tokens = Sequence[str] | Mapping[str, Sequence[str]]
-
-
-class Plan(NamedTuple):
-    """How one head is written."""
-
-    tolerance: float
-    kept: int | None = None  # weights of each row; None: all
-    block: tuple[int, int] = (1, 1)  # queries and keys of a cell
-
-
-class Encoded(NamedTuple):
-    """One head as it stands in the file."""
-
-    plan: Plan
-    thumbnail: NDArray[np.uint8]
-    data: bytes  # deflated codes, in base64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,23 +153,23 @@ def page(
 
 def _fitted(seen: Sequence[AttentionMap], described: dict[str, Any], room: int) -> tuple[list[bytes], list[list[Plan]]]:
     """The file, as fine as fits; ValueError, naming the least budget, where nothing does."""
-    surveys = [_survey(each) for each in tqdm(seen, "surveying", unit="map", leave=False, disable=None)]
+    surveys = [encoding.survey(each) for each in tqdm(seen, "surveying", unit="map", leave=False, disable=None)]
     heads = [survey for one in surveys for survey in one]
     side = min(64, max(16, isqrt(THUMBNAIL_CELLS // len(heads))))
     fixed = sum(map(len, _assembled(described, []))) + len(heads) * (4 / 3 * side**2 + PLAN_BYTES)
     left = MARGIN * (room - fixed)
     while True:
-        choices, fits = _chosen(heads, left)
+        choices, fits = encoding.choose(heads, left)
         choice = iter(choices)
         plans = [[survey.plans[next(choice)] for survey in one] for one in surveys]
         encoded = []
         bar = tqdm(seen, "writing", unit="map", leave=False, disable=None)
         for each, said, chosen in zip(bar, described["maps"], plans, strict=True):
-            grid = _grid(each)
+            grid = encoding.grid_of(each)
             small = ceil(grid[0] / side), ceil(grid[1] / side)
-            encoded.append(_encoded(each, chosen, small))
+            encoded.append(encoding.encode(each, chosen, small))
             given = ceil(each.shape[2] / grid[0]), ceil(each.shape[3] / grid[1])  # where only a thumbnail was kept
-            said["thumbnail"] = _pooled(grid, small)
+            said["thumbnail"] = encoding.pooled(grid, small)
             for head, plan in zip(said["heads"], chosen, strict=True):
                 block = given[0] * plan.block[0], given[1] * plan.block[1]
                 head.update(kind=_kind(each, plan), tolerance=plan.tolerance, kept=plan.kept, block=block)
@@ -333,188 +292,9 @@ def _number(x: Any) -> float | None:
 def _differences(a: AttentionMap, b: AttentionMap) -> list[float]:
     """½ Σ_j |p_ij − p'_ij| of each head, the mean over its rows."""
     apart = torch.zeros(a.shape[1], dtype=torch.float64)
-    for (rows, p), (_, q) in zip(a.blocks(), b.blocks(), strict=True):
-        p, q = p.masked_fill(~a.visible(rows=rows), 0.0), q.masked_fill(~b.visible(rows=rows), 0.0)
+    for (_, p, _), (_, q, _) in zip(a.blocks(), b.blocks(), strict=True):
         apart += (p - q).abs().sum((0, 2, 3), dtype=torch.float64).cpu() / 2
     return (apart / a.shape[2]).tolist()
-
-
-# --- How each head is written.
-
-
-@dataclass
-class Survey:
-    """The ways to write a head, coarsest first, and the bytes that each takes, estimated from a sample of its rows."""
-
-    plans: list[Plan]
-    sizes: list[float]
-
-    def corrected(self, n: int, size: int) -> bool:
-        """Whether a plan took more than was estimated; then the others of the same cells will, too."""
-        by = size / self.sizes[n]
-        if by <= 1:
-            return False
-        block = self.plans[n].block
-        self.sizes = [
-            each * by if plan.block == block else each for plan, each in zip(self.plans, self.sizes, strict=True)
-        ]
-        return True
-
-
-def _survey(seen: AttentionMap) -> list[Survey]:
-    """For each head of a map; ValueError for weights that the page cannot show."""
-    queries, keys = _grid(seen)
-    every = ceil(queries / SAMPLE_ROWS)
-    shape = (seen.shape[1], ceil(queries / every), keys)
-    peaks, sample, allowed = torch.zeros(shape[0]), torch.empty(shape), torch.empty(shape, dtype=torch.bool)
-    for start, cells, visible in _blocks(seen):
-        finite = cells.nan_to_num(0.0, inf, -inf)
-        low, high = (x.item() for x in finite.aminmax())
-        if low < 0 or high > _highest(TOLERANCES[0]):
-            raise ValueError(
-                f"{seen.name!r} holds {low if low < 0 else high:.3g} in rows {start} .. {start + cells.shape[1] - 1}; "
-                f"weights of 0 .. {_highest(TOLERANCES[0]):.0f} fit"
-            )
-        peaks = torch.maximum(peaks, finite.amax((1, 2)))
-        first, at = -start % every, ceil(start / every)
-        some = cells[:, first::every]
-        sample[:, at : at + some.shape[1]] = some
-        allowed[:, at : at + some.shape[1]] = visible[:, first::every]
-
-    def surveyed(head: int) -> Survey:
-        tolerances = [a for a in TOLERANCES if _highest(a) >= peaks[head]]
-        plans: list[Plan] = []
-        if queries * keys <= LARGEST:
-            plans += [Plan(a) for a in tolerances[::-1]]
-            plans += [Plan(tolerances[-1], kept) for kept in KEPT if kept < keys]
-        codes = (_codes(sample[head], allowed[head], plan) for plan in plans)
-        sizes = [queries / sample.shape[1] * len(_deflated(each)) for each in codes]
-        for side in (side for side in SIDES if side < max(queries, keys)):
-            plans.append(Plan(tolerances[-1], None, (ceil(queries / side), ceil(keys / side))))
-            sizes.append(1.01 * np.prod(_pooled((queries, keys), plans[-1].block)) + 64)  # no less than it takes
-        return Survey(plans[::-1], [4 / 3 * size for size in sizes[::-1]])
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(surveyed, range(seen.shape[1])))
-
-
-def _chosen(heads: Sequence[Survey], room: float) -> tuple[list[int], bool]:
-    """Which plan for each head, equally fine for all, and one step finer for the first; and whether they fit.
-
-    Where none fits, that which takes the least.
-    """
-
-    def at(step: int) -> list[int]:
-        return [min(step, len(survey.plans) - 1) for survey in heads]
-
-    def total(choice: list[int]) -> float:
-        return sum(survey.sizes[n] for survey, n in zip(heads, choice, strict=True))
-
-    steps = range(max(len(survey.plans) for survey in heads))
-    fitting = [step for step in steps if total(at(step)) <= room]
-    if not fitting:
-        return [survey.sizes.index(min(survey.sizes)) for survey in heads], False
-    choice, finer = at(fitting[-1]), at(fitting[-1] + 1)
-    left = room - total(choice)
-    for n, survey in enumerate(heads):
-        more = survey.sizes[finer[n]] - survey.sizes[choice[n]]
-        if more <= left:
-            left, choice[n] = left - more, finer[n]
-    return choice, True
-
-
-def _encoded(seen: AttentionMap, plans: Sequence[Plan], small: tuple[int, int]) -> list[Encoded]:
-    """The heads of a map, in one pass over blocks of its rows; thumbnails are of blocks of the size `small`."""
-    grid = _grid(seen)
-    thumbnails = [Pool(grid, small) for _ in plans]
-    pools = [Pool(grid, plan.block) if plan.block != (1, 1) else None for plan in plans]
-    deflaters = [_deflater() for _ in plans]
-    pieces: list[list[bytes]] = [[] for _ in plans]
-
-    def add(head: int, start: int, cells: Tensor, visible: Tensor) -> None:
-        codes, pool = _codes(cells, visible, plans[head]), pools[head]
-        thumbnails[head].add(start, codes)
-        if pool is None:
-            pieces[head].append(deflaters[head].compress(codes))
-        else:
-            pool.add(start, codes)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as workers:
-        for start, cells, visible in _blocks(seen):
-            list(workers.map(add, range(len(plans)), [start] * len(plans), cells, visible))
-    encoded = []
-    for plan, thumbnail, pool, deflater, written in zip(plans, thumbnails, pools, deflaters, pieces, strict=True):
-        if pool is not None:
-            written.append(deflater.compress(pool.codes))
-        written.append(deflater.flush())
-        encoded.append(Encoded(plan, thumbnail.codes, b64encode(b"".join(written))))
-    return encoded
-
-
-# --- Weights as codes.
-
-
-def _grid(seen: AttentionMap) -> tuple[int, int]:
-    """Rows and columns of the cells that a map can give."""
-    rows, columns = (seen if seen.exact else seen.pooled(max(seen.shape[2:]))).shape[2:]
-    return rows, columns
-
-
-def _blocks(seen: AttentionMap) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The first row of each block of rows, its cells (H, rows, columns), 0 where not visible, and which are visible."""
-    if not seen.exact:
-        cells = seen.pooled(max(seen.shape[2:]))[0].float().cpu()
-        yield 0, cells.nan_to_num(0.0), ~cells.isnan()
-        return
-    for rows, p in seen.blocks():
-        visible = seen.visible(rows=rows)[0]
-        yield rows.start, p[0].masked_fill(~visible, 0.0).float().cpu(), visible.cpu()
-
-
-def _highest(tolerance: float) -> float:
-    """The weight of the largest code."""
-    return 2 * LINEAR * tolerance * GROWTH ** (STEPS - LINEAR)
-
-
-def _codes(cells: Tensor, visible: Tensor, plan: Plan) -> NDArray[np.uint8]:
-    """The codes of some rows of a head."""
-    steps = cells / (2 * plan.tolerance)
-    steps = torch.where(steps <= LINEAR, steps, LINEAR + (steps / LINEAR).log() / log(GROWTH))
-    codes = (steps + (ZERO + 0.5)).nan_to_num(NAN).to(torch.uint8)
-    if plan.kept is not None:
-        least = cells.topk(min(plan.kept, cells.shape[-1]), -1).values[:, -1:]
-        codes.masked_fill_(cells < least, ABSENT)
-    return codes.masked_fill_(~visible, MASKED).numpy()
-
-
-class Pool:
-    """The largest code of each block, gathered from rows as they come."""
-
-    def __init__(self, grid: tuple[int, int], block: tuple[int, int]) -> None:
-        self.block = block
-        self.codes = np.zeros(_pooled(grid, block), np.uint8)
-
-    def add(self, start: int, codes: NDArray[np.uint8]) -> None:
-        high, wide = self.block
-        firsts = np.r_[0, np.arange(-start % high or high, len(codes), high)]  # where blocks begin among these rows
-        largest = np.maximum.reduceat(codes, np.arange(0, codes.shape[1], wide), axis=1)
-        largest = np.maximum.reduceat(largest, firsts, axis=0)
-        at = slice(start // high, start // high + len(firsts))
-        self.codes[at] = np.maximum(self.codes[at], largest)
-
-
-def _pooled(grid: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    return ceil(grid[0] / block[0]), ceil(grid[1] / block[1])
-
-
-def _deflater() -> Any:
-    """Runs and Huffman codes alone: near the entropy of weights, several times as fast as a search for repetitions."""
-    return zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-
-
-def _deflated(codes: NDArray[np.uint8]) -> bytes:
-    deflater = _deflater()
-    return deflater.compress(np.ascontiguousarray(codes)) + deflater.flush()
 
 
 # --- The file.
@@ -533,7 +313,7 @@ def _assembled(described: dict[str, Any], encoded: Sequence[Sequence[Encoded]]) 
         "policy": f"default-src 'none'; {policy}",
         "style": style,
         "described": _json(described),
-        "thumbnails": b64encode(_deflated(np.frombuffer(thumbnails, np.uint8))).decode(),
+        "thumbnails": b64encode(encoding.deflated(np.frombuffer(thumbnails, np.uint8))).decode(),
         "script": script,
     }
     pieces = re.split(r"\{\{(\w+)\}\}", document)

@@ -17,7 +17,8 @@ from regard import kernels, reference
 from regard.files import parse_bytes
 from regard.intervals import Interval
 from regard.look.maps import AttentionMap, Scores, Weights
-from regard.look.watching import Call, Watch, common, narrowed
+from regard.look.tracing import common, narrowed
+from regard.look.watching import Call, Watch
 from regard.problem import Problem
 
 AGREEING = 1e-5  # weights made anew of queries and keys, and those of the model

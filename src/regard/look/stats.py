@@ -6,7 +6,7 @@ part of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -144,7 +144,7 @@ def statistics(seen: AttentionMap) -> Statistics:
     received = like.new_zeros(batch, heads, keys, dtype=torch.float64)  # a long map adds up many small weights
     overlap, band = received.new_zeros(batch, heads, heads), received.new_zeros(batch, heads, 2 * NEAR + 1)
     place, key = places(seen.kind, queries, keys, like.device), torch.arange(keys, device=like.device)
-    for rows, p, seen_cells in visible_blocks(seen):
+    for rows, p, seen_cells in seen.blocks():
         away = (key - place[rows].unsqueeze(-1)).abs().to(p.dtype)
         entropy[..., rows] = torch.special.entr(p).sum(-1)
         largest[..., rows] = p.amax(-1)
@@ -194,7 +194,7 @@ def rollout(maps: Sequence[AttentionMap], rows: Indices | None = None) -> Tensor
     flow: Tensor | None = None
     for seen in reversed(maps):
         after = None
-        for block, p, _ in visible_blocks(seen):
+        for block, p, _ in seen.blocks():
             if flow is None:  # of the tokens after the last layer, each is all of itself
                 chosen = indices(slice(None) if rows is None else rows, seen.shape[2], "rows", p.device)
                 flow = F.one_hot(chosen, seen.shape[2]).to(p.dtype).expand(seen.shape[0], -1, -1)
@@ -217,7 +217,7 @@ def alignment(seen: AttentionMap, head: int | None = None, sample: int = 0) -> s
     one = seen.sample(sample)
     one = one if head is None else one.head(head)
     found = set()
-    for rows, p, visible in visible_blocks(one):
+    for rows, p, visible in one.blocks():
         p, visible = p[0].mean(0), visible[0].any(0)
         if p.isnan().any():
             raise ValueError(f"{seen.name!r} holds NaN between rows {rows.start} and {rows.stop}; nothing aligns to it")
@@ -253,18 +253,6 @@ def places(kind: str, queries: int, keys: int, device: torch.device | None = Non
     """(Lq,) float64: where among the keys each query stands; see `Statistics`."""
     rows = torch.arange(queries, dtype=torch.float64, device=device)
     return rows + (keys - queries) if kind == "self" and queries <= keys else rows * (keys - 1) / max(1, queries - 1)
-
-
-def visible_blocks(seen: AttentionMap) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of rows, and of each the weights (B, H, rows, Lk), 0 where not visible, and what is visible.
-
-    That is (B or 1, H or 1, rows, Lk): 1 where it is the same for all, and need be counted once.
-    """
-    for rows, p in seen.blocks():
-        visible = seen.visible(rows=rows)
-        same_batch, same_heads, *_ = (stride == 0 for stride in visible.stride())
-        visible = visible[: 1 if same_batch else None, : 1 if same_heads else None]
-        yield rows, p.masked_fill(~visible, 0.0), visible
 
 
 def _band(p: Tensor, place: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ def record_text(model: str, text: str, second: str | None = None, budget: int | 
         raise ValueError(f"the text has {inputs['input_ids'].shape[-1]} tokens; {model} reads at most {longest}")
     with torch.no_grad(), record(network, budget) as seen:
         network(**inputs)
-    return [_grouped(each, read, written) for each in seen]
+    return [_labelled(each, read, written) for each in seen]
 
 
-def _grouped(seen: AttentionMap, read: Tokens, written: Tokens) -> AttentionMap:
+def _labelled(seen: AttentionMap, read: Tokens, written: Tokens) -> AttentionMap:
     """The map with its tokens; those that share a character in one."""
     keys = written if seen.kind == "self" and "decoder" in seen.name else read
     queries = written if seen.kind == "cross" else keys

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.look.stats import visible_blocks
 from regard.reference import widened
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def grouped_map(seen: AttentionMap, query_spans: Spans | None, key_spans: Spans 
     visible = torch.zeros_like(sums, dtype=torch.bool)
     rows_of = _groups(query_spans, queries, "query_spans", sums.device)
     keys_of = _groups(key_spans, keys, "key_spans", sums.device)
-    for rows, p, seen_cells in visible_blocks(seen):
+    for rows, p, seen_cells in seen.blocks():
         sums.index_add_(-2, rows_of[rows], _summed(p, -1, keys_of))
         some = _summed(seen_cells.to(sums.dtype), -1, keys_of)
         first, last = rows_of[rows][[0, -1]].tolist()
