@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from regard.attended import Attended
-from regard.decoding import Memory
+from regard.decoding import LocationSensitive, Memory
 from regard.functional import Explanation, attend, attention, explain, weights
 from regard.look import AttentionMap, record, tokens
 from regard.masks import Causal, Documents, Keep, Lengths, Mask, Prefix, Window
@@ -33,6 +33,7 @@ __all__ = [
     "Keep",
     "Laplace",
     "Lengths",
+    "LocationSensitive",
     "Mask",
     "Memory",
     "MultiHeadAttention",

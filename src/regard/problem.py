@@ -88,10 +88,14 @@ class Problem(NamedTuple):
         p = reference.weights(self.query, self.key, self.pair, self.allowed(), self.bias, self.normalizer)
         return p.expand(*self.leading, *p.shape[-2:])
 
+    def scores(self) -> Tensor:
+        """(*leading, Lq, Lk): −inf where nothing may be attended."""
+        s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
+        return s.expand(*self.leading, *s.shape[-2:])
+
     def log_sum_exp(self) -> Tensor:
         """(*leading, Lq, 1)."""
-        s = reference.scores(self.query, self.key, self.pair, self.allowed(), self.bias)
-        return reference.log_sum_exp(s).expand(*self.leading, -1).unsqueeze(-1)
+        return reference.log_sum_exp(self.scores()).unsqueeze(-1)
 
     # Its tensors, and parts of it.
 
@@ -185,6 +189,17 @@ class Problem(NamedTuple):
         if self.intervals is None:
             return None
         return tuple(Interval(change(low), change(high), held) for low, high, held in self.intervals)
+
+
+class Shift(NamedTuple):
+    """What moves projected keys k_j, before any pair sees them: k_j + U f_j."""
+
+    features: Tensor  # f: (..., Lk, C)
+    weight: Tensor  # U: (D, C), or (heads, D, C)
+
+    def of(self, key: Tensor) -> Tensor:
+        """The keys (..., Lk, D), moved."""
+        return key + (self.features.to(self.weight.dtype) @ self.weight.mT).to(key.dtype)
 
 
 Indices = slice | Sequence[int]

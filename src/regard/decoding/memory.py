@@ -17,8 +17,8 @@ from regard.intervals import Bound, Grid, Interval, Intervals, is_int
 from regard.kernels import cpu
 from regard.masks import Mask, as_mask
 from regard.normalizers import Normalizer, Softmax
-from regard.problem import Problem, batch_heads
-from regard.reference import FunctionPair
+from regard.problem import Problem, Shift, batch_heads
+from regard.reference import FunctionPair, product, widened
 from regard.scores import Score
 from regard.transforms import autocasting, may_look_at, transforming
 from regard.visible import blank, seeing_rows, shared_keys
@@ -82,6 +82,11 @@ class Memory:
         """How many keys there are."""
         return self._rows[0].shape[-2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and queries."""
+        return self._rows[1].dtype
+
     def __len__(self) -> int:
         return self.keys
 
@@ -118,6 +123,39 @@ class Memory:
         """
         p = kernels.scored(self._problem(query, mask, dropout_p=0.0)).weights()
         return p.squeeze(-2) if self._is_one(query) else p
+
+    def scores(self, query: Tensor, mask: Mask | Tensor | None = None, shift: Shift | None = None) -> Tensor:
+        """(..., Lk) or (..., Lq, Lk): how well each query and key match, −inf where it may not be attended.
+
+        `shift` moves the projected keys, in this step alone: score(q, k_j) becomes pair(W_q q, W_k k_j + U f_j) for
+        features f_j of what was attended before. In float32 for half precision inputs; arguments and errors as in
+        `attend`.
+        """
+        s = kernels.scores(self._problem(query, mask, dropout_p=0.0), shift)
+        return s.squeeze(-2) if self._is_one(query) else s
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Σ_j p_j v_j of weights that came by other ways: (..., Dv) of (..., Lk), (..., Lq, Dv) of (..., Lq, Lk).
+
+        Dropout is the memory's. ValueError where the weights are of other keys or samples.
+        """
+        one = weights.dim() == len(self._whole) + 1
+        p = weights.unsqueeze(-2) if one else weights
+        if p.shape[-1] != len(self) or p.dim() < 2 or _broadcast(p.shape[:-2], self._whole) != p.shape[:-2]:
+            samples = "".join(f"{n}, " for n in self._whole)
+            fits = f"({samples}{len(self)}), or ({samples}Lq, {len(self)})"
+            raise ValueError(f"weights has shape {tuple(weights.shape)}; for this memory it must be {fits}")
+        if self.dropout_p:
+            p = torch.dropout(p, self.dropout_p, train=True)
+        value = self._rows[1]
+        out = product(p, widened(value)).to(value.dtype)
+        return out.squeeze(-2) if one else out
+
+    def visible(self) -> Tensor:
+        """Bool (..., Lk): which keys may be attended."""
+        _, _, *seen = self._rows
+        every = torch.ones(len(self), dtype=torch.bool, device=self._rows[0].device)
+        return (seen[0].squeeze(-1) if seen else every).expand(*self._whole, len(self))
 
     def _problem(self, query: Tensor, mask: Mask | Tensor | None, dropout_p: float) -> Problem:
         query, leading = self._checked(query)

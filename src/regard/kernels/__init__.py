@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels import chunked, cpu, sdpa
-from regard.problem import Problem
+from regard.problem import Problem, Shift
 from regard.transforms import transforming
 
 Run = Callable[[Problem], tuple[Tensor, Tensor | None]]
@@ -86,3 +86,10 @@ def refusal(implementation: Implementation, problem: Problem) -> str | None:
 def scored(problem: Problem) -> Problem:
     """The problem with its scores computed by a kernel, where there is one for them."""
     return cpu.scored(problem)
+
+
+def scores(problem: Problem, shift: Shift | None = None) -> Tensor:
+    """(*leading, Lq, Lk): the bare scores, −inf where nothing may be attended, of keys that `shift` moves."""
+    if shift is not None:
+        problem = problem._replace(key=shift.of(problem.key), prepared=None)
+    return scored(problem).scores()

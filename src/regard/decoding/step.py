@@ -1,0 +1,75 @@
+"""What all attention with a history has in common: a state goes in with each query, and another comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.decoding.memory import Memory
+
+S = TypeVar("S", bound=tuple[Any, ...])
+
+
+class Step(NamedTuple):
+    """What came of one query of each sample, or of a row of them."""
+
+    context: Tensor  # (..., Dv), or (..., Lq, Dv)
+    weights: Tensor  # (..., Lk), or (..., Lq, Lk): in float32 at least, before dropout
+    state: Any  # of the kind that went in
+
+
+class Stepwise(nn.Module, ABC, Generic[S]):
+    """Attention whose weights depend on those of the steps before it.
+
+    The state is a NamedTuple of tensors, first dimension that of the samples. It is never written to, nothing is
+    kept on the module, and gradients flow from each step into the ones before, through the state. Leading dimensions
+    (...) are the memory's, heads of its score's own included.
+    """
+
+    @abstractmethod
+    def start(self, memory: Memory) -> S:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, query: Tensor, memory: Memory, state: S) -> Step:
+        """One query of each sample, (..., Dq)."""
+
+    def forward(self, query: Tensor, memory: Memory, state: S | None = None) -> Step:
+        """A row of queries (..., Lq, Dq), one step after another: what `step` gives for each, and the last state."""
+        state = self.start(memory) if state is None else state
+        contexts, weights = [], []
+        for each in query.unbind(-2):
+            context, p, state = self.step(each, memory, state)
+            contexts.append(context)
+            weights.append(p)
+        if not contexts:
+            raise ValueError(f"query has shape {tuple(query.shape)}; there must be one query or more")
+        return Step(torch.stack(contexts, -2), torch.stack(weights, -2), state)
+
+    def select(self, state: S, index: Tensor) -> S:
+        """The state of the samples at `index`, int64 (B',): of the beams that go on, beside `memory.select(index)`."""
+        return _each(state, lambda x: x.select(index) if isinstance(x, Memory) else x.index_select(0, index))
+
+    def detach(self, state: S) -> S:
+        """The state without its history: gradients of later steps end here."""
+        return _each(state, lambda x: x if isinstance(x, Memory) else x.detach())
+
+
+def _each(state: S, change: Callable[[Any], Any]) -> S:
+    return type(state)(*map(change, state))
+
+
+def zeros(memory: Memory) -> Tensor:
+    """(..., Lk): no weight on any key, in the type that weights come in."""
+    visible = memory.visible()
+    return visible.new_zeros(visible.shape, dtype=torch.promote_types(memory.dtype, torch.float32))
+
+
+def of_keys(memory: Memory, history: Tensor) -> Tensor:
+    """What was of earlier keys (..., n), for all keys of a memory that may have been appended to: (..., Lk)."""
+    return F.pad(history, (0, len(memory) - history.shape[-1])) if history.shape[-1] != len(memory) else history
