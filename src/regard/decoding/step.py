@@ -41,15 +41,15 @@ class Stepwise(nn.Module, ABC, Generic[S]):
 
     def forward(self, query: Tensor, memory: Memory, state: S | None = None) -> Step:
         """A row of queries (..., Lq, Dq), one step after another: what `step` gives for each, and the last state."""
-        state = self.start(memory) if state is None else state
+        now = self.start(memory) if state is None else state
         contexts, weights = [], []
         for each in query.unbind(-2):
-            context, p, state = self.step(each, memory, state)
+            context, p, now = self.step(each, memory, now)
             contexts.append(context)
             weights.append(p)
         if not contexts:
             raise ValueError(f"query has shape {tuple(query.shape)}; there must be one query or more")
-        return Step(torch.stack(contexts, -2), torch.stack(weights, -2), state)
+        return Step(torch.stack(contexts, -2), torch.stack(weights, -2), now)
 
     def select(self, state: S, index: Tensor) -> S:
         """The state of the samples at `index`, int64 (B',): of the beams that go on, beside `memory.select(index)`."""
