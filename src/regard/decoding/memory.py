@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from regard import kernels
 from regard.attended import Attended
+from regard.decoding.room import Room, Rows
 from regard.dropout import Dropout
 from regard.functional import autocast, blanked, check_settings, check_tensors
 from regard.intervals import Bound, Grid, Interval, Intervals, is_int
@@ -74,7 +74,7 @@ class Memory:
             key, value = autocast(key), autocast(value)
         (k, v, *seen), self._sight = _project(score, key, value, mask, self._leading)
         self._rows = (_own(k, key), _own(v, value), *seen)
-        self._room = _Room(self._rows, filled=len(self))
+        self._room = Room(self._rows, filled=len(self))
         self._prepared = self._prepare()
 
     @property
@@ -249,10 +249,10 @@ class Memory:
         if _recording((*old, *new)):
             whole = zip(old, new, shapes, strict=True)
             rows = [torch.cat([_spread(x, to), _spread(y.to(x.dtype), to)], -2) for x, y, to in whole]
-            return self._with(_Room(tuple(rows), keys), keys, sight)
+            return self._with(Room(tuple(rows), keys), keys, sight)
         with torch.no_grad():
             free = self._room.take(shapes, first, keys)
-            room = self._room if free else _Room.copied(old, shapes, 2 * keys, filled=keys)
+            room = self._room if free else Room.copied(old, shapes, 2 * keys, filled=keys)
             room.write(new, first)
             return self._with(room, keys, sight, self._prepared if free else None, first)
 
@@ -286,7 +286,7 @@ class Memory:
 
         rows = self._rows if any(map(common, self._rows)) else self._room.rows  # room goes along where it is copied
         prepared = None if self._prepared is None else pick(self._prepared)
-        room, sight = _Room(tuple(map(pick, rows)), self.keys), self._sight.each(pick)
+        room, sight = Room(tuple(map(pick, rows)), self.keys), self._sight.each(pick)
         return self._with(room, self.keys, sight, prepared, self.keys, (len(index), *self._leading[1:]))
 
     def to(self, target: torch.device | torch.dtype | str | int) -> Memory:
@@ -301,7 +301,7 @@ class Memory:
         key, value, *seen = self._rows
         key, value = key.to(target), value.to(target)
         rows = key, value, *(x.to(value.device) for x in seen)
-        return self._with(_Room(rows, self.keys), self.keys, self._sight.each(lambda x: x.to(value.device)))
+        return self._with(Room(rows, self.keys), self.keys, self._sight.each(lambda x: x.to(value.device)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the room, and without what can be prepared again."""
@@ -310,12 +310,12 @@ class Memory:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._room = _Room(self._rows, filled=self.keys)
+        self._room = Room(self._rows, filled=self.keys)
         self._prepared = self._prepare()
 
     def _with(
         self,
-        room: _Room,
+        room: Room,
         keys: int,
         sight: _Sight,
         prepared: Tensor | None = None,
@@ -355,52 +355,7 @@ class Memory:
         return laid.reshape(*leading, 1, laid.shape[-1])
 
 
-# --- What a memory holds.
-
-_Rows = tuple[Tensor, ...]  # (..., Lk, size): projected keys, values and, unless all may be attended, bool, of size 1
-
-
-class _Room:
-    """Rows that are filled up to a point, and from there on free for the first who takes them."""
-
-    def __init__(self, rows: _Rows, filled: int) -> None:
-        self.rows, self.filled = rows, filled
-
-    @classmethod
-    def copied(cls, rows: _Rows, leading: list[torch.Size], keys: int, filled: int) -> _Room:
-        """A copy of the rows, with room for so many keys."""
-        each = zip(rows, leading, strict=True)
-        room = cls(tuple(x.new_empty(*to, keys, x.shape[-1]) for x, to in each), filled)
-        room.write(rows, 0)
-        return room
-
-    @property
-    def keys(self) -> int:
-        """How many fit."""
-        return self.rows[0].shape[-2]
-
-    def take(self, leading: list[torch.Size], first: int, keys: int) -> bool:
-        """Whether the rows first .. keys were free and are of these leading dimensions; they are the caller's now."""
-        if keys > self.keys or [x.shape[:-2] for x in self.rows] != leading:
-            return False
-        if self.rows[0].is_inference() and not torch.is_inference_mode_enabled():  # then it cannot be written to
-            return False
-        with _TAKING:
-            free = self.filled == first
-            if free:
-                self.filled = keys
-        return free
-
-    def write(self, rows: _Rows, first: int) -> None:
-        for ours, x in zip(self.rows, rows, strict=True):
-            ours.narrow(-2, first, x.shape[-2]).copy_(x)
-
-    def read(self, keys: int) -> _Rows:
-        """The first rows, which are not said to have changed when others are written."""
-        return self.rows if keys == self.keys else tuple(x.data.narrow(-2, 0, keys) for x in self.rows)
-
-
-_TAKING = Lock()
+# --- Which keys may be attended.
 
 
 class _Sight(NamedTuple):
@@ -439,7 +394,7 @@ class _Seen(Mask):
 
 def _project(
     score: Score, key: Tensor, value: Tensor, mask: Mask | Tensor | None, leading: tuple[int, ...]
-) -> tuple[_Rows, _Sight]:
+) -> tuple[Rows, _Sight]:
     """Blank what no query may attend, and project the keys."""
     heads = score.heads > 1
     grid = Grid((*leading, score.heads) if heads else leading, 1, key.shape[-2], key.device)
@@ -488,7 +443,7 @@ def _lengthened(intervals: Intervals, first: int, keys: int) -> Intervals | None
     return (*intervals, Interval(first, keys, held=True)) if len(intervals) < 2 else None
 
 
-def _with_seen(rows: _Rows, leading: tuple[int, ...]) -> _Rows:
+def _with_seen(rows: Rows, leading: tuple[int, ...]) -> Rows:
     key, value, *seen = rows
     every = key.new_ones(1, 1, dtype=torch.bool).expand(*leading, key.shape[-2], 1)
     return key, value, *(seen or [every])
