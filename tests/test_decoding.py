@@ -18,7 +18,7 @@ from regard import kernels, scores
 from regard.intervals import Grid, Interval, Intervals
 from regard.kernels import cpu
 from regard.masks import as_mask
-from regard.problem import Problem
+from regard.problem import Problem, Shift
 from regard.reference import AdditivePair
 
 BATCH, QUERIES, KEYS, DIM = 3, 4, 19, 5
@@ -168,6 +168,64 @@ def test_every_normalizer(normalizer: regard.Normalizer) -> None:
     memory = regard.Memory(score, key, key, MASKS["lengths"], normalizer=normalizer)
     true = regard.attend(query[:, None], key, key, score, MASKS["lengths"], normalizer=normalizer)
     assert_close(memory.attend(query), true[:, 0])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ALL_SCORES)
+def test_scores_normalized_and_read_are_what_attend_does(name: str, mask: str) -> None:
+    score = ALL_SCORES[name]()
+    query, key, value = draw(BATCH, QUERIES, DIM), draw(BATCH, KEYS, DIM), draw(BATCH, KEYS, DIM)
+    memory = regard.Memory(score, key, value, mask_for(mask, score))
+    s, visible = memory.scores(query), memory.visible()
+    assert visible.shape == (*s.shape[:-2], KEYS)
+    assert torch.equal(s != -torch.inf, visible.unsqueeze(-2).expand_as(s))
+    p = regard.Softmax()(s)
+    assert_close(p, memory.weights(query))
+    assert_close(memory.read(p), memory.attend(query))
+    assert_close(memory.scores(query[:, 1]), s[..., 1, :])
+    assert_close(memory.read(p[..., 1, :]), memory.attend(query[:, 1]))
+    direction = torch.randn_like(value if score.heads == 1 else memory.attend(query))[..., :QUERIES, :]
+    leaves = [query, key, value, *score.parameters()]
+    expected = torch.autograd.grad(memory.attend(query), leaves, direction, allow_unused=True, retain_graph=True)
+    found = torch.autograd.grad(memory.read(p), leaves, direction, allow_unused=True)
+    for leaf, gradient, exact in zip(leaves, found, expected, strict=True):
+        none = torch.zeros_like(leaf)
+        assert_close(none if gradient is None else gradient, none if exact is None else exact)
+
+
+@pytest.mark.parametrize("name", ALL_SCORES)
+def test_a_shift_moves_the_projected_keys(name: str) -> None:
+    score = ALL_SCORES[name]()
+    query, key = draw(BATCH, DIM), draw(BATCH, KEYS, DIM)
+    memory = regard.Memory(score, key, key, mask_for("lengths", score))
+    keys = score.project_key(key)
+    features, weight = draw(*keys.shape[:-1], 3), draw(keys.shape[-1], 3)
+    found = memory.scores(query, shift=Shift(features, weight))
+    a = score.project_query(query.unsqueeze(-2))
+    true = score.pair()(a, keys + features @ weight.mT).squeeze(-2)
+    assert_close(found, true.masked_fill(~memory.visible(), -torch.inf))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_are_float32_and_what_is_read_is_not(dtype: torch.dtype) -> None:
+    x = torch.randn(BATCH, KEYS, DIM, dtype=dtype)
+    memory = regard.Memory(regard.ScaledDot(), x, x)
+    s = memory.scores(x[:, 0])
+    assert (s.dtype, memory.read(s).dtype, memory.dtype) == (torch.float32, dtype, dtype)
+
+
+def test_what_is_read_is_dropped_as_the_memory_says() -> None:
+    x = torch.randn(2, 1000, 4)
+    memory = regard.Memory(regard.ScaledDot(), x, torch.ones_like(x), dropout_p=0.25)
+    dropped = 1 - 0.75 * memory.read(torch.full((2, 1000), 0.001))
+    assert 0.2 < dropped.mean() < 0.3
+
+
+@pytest.mark.parametrize("shape", [(KEYS,), (BATCH, KEYS + 1), (2, KEYS), (2, 4, KEYS), ()])
+def test_weights_of_other_keys_are_refused(shape: tuple[int, ...]) -> None:
+    x = torch.randn(BATCH, KEYS, DIM)
+    with pytest.raises(ValueError, match=r"weights has shape .* it must be \(3, 19\), or \(3, Lq, 19\)"):
+        regard.Memory(regard.ScaledDot(), x, x).read(torch.zeros(shape))
 
 
 LEADING = (

@@ -141,14 +141,14 @@ class Memory:
         """
         one = weights.dim() == len(self._whole) + 1
         p = weights.unsqueeze(-2) if one else weights
-        if p.shape[-1] != len(self) or p.dim() < 2 or _broadcast(p.shape[:-2], self._whole) != p.shape[:-2]:
+        if p.dim() < 2 or p.shape[-1] != len(self) or _broadcast(p.shape[:-2], self._whole) != p.shape[:-2]:
             samples = "".join(f"{n}, " for n in self._whole)
             fits = f"({samples}{len(self)}), or ({samples}Lq, {len(self)})"
             raise ValueError(f"weights has shape {tuple(weights.shape)}; for this memory it must be {fits}")
         if self.dropout_p:
             p = torch.dropout(p, self.dropout_p, train=True)
-        value = self._rows[1]
-        out = product(p, widened(value)).to(value.dtype)
+        value = widened(self._rows[1])
+        out = product(p.to(value.dtype), value).to(self.dtype)
         return out.squeeze(-2) if one else out
 
     def visible(self) -> Tensor:
