@@ -40,7 +40,7 @@ def main() -> int:
     for name, pairs in ("what the model says", said), ("what the dictionary says", written):
         attention, diagonal, sounds = shares(model, pairs, letters)
         print(
-            f"{model.score_name}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds"
+            f"{model.label}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds"
         )
         worst = min(worst, attention)
     return 0 if worst >= NEEDED else 1

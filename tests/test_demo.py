@@ -17,7 +17,7 @@ import regard
 from regard import cli
 from regard.demos import dictionary, pronounce
 from regard.demos.dictionary import edit_distance, error_rates
-from regard.demos.encoder_decoder import END, SCORES, STOP, Pronouncer
+from regard.demos.encoder_decoder import END, ORDERS, SCORES, STOP, VARIANTS, Pronouncer
 from regard.kernels import cpu
 
 
@@ -62,7 +62,7 @@ def test_holds_out_a_tenth_of_the_words_and_no_pronunciation_of_them_is_learnt(
         return steps
 
     monkeypatch.setattr(pronounce, "train", remember)
-    pronounce.learn("none", known, steps=1, seed=0)
+    pronounce.learn("none", "luong", known, steps=1, seed=0)
     assert learnt == set(known) - held_out
 
 
@@ -95,10 +95,11 @@ def model() -> Pronouncer:
     return Pronouncer("additive", [STOP, "A", "B", "K"], embedding=8, hidden=16)
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_a_word_is_read_alike_alone_and_beside_longer_ones(score: str) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("attention", [*SCORES, *VARIANTS])
+def test_a_word_is_read_alike_alone_and_beside_longer_ones(attention: str, order: str) -> None:
     torch.manual_seed(0)
-    model = Pronouncer(score, [STOP, "A", "B", "K"], embedding=8, hidden=16)
+    model = Pronouncer(attention, [STOP, "A", "B", "K"], order=order, embedding=8, hidden=16).eval()
     words, sounds = ["abba", "a", "blackboards"], [("A", "B", "A"), ("A",), ("B", "K", "B", "A")]
     alone = torch.stack(
         [model.loss([word], [said]) * (len(said) + 1) for word, said in zip(words, sounds, strict=True)]
@@ -108,20 +109,31 @@ def test_a_word_is_read_alike_alone_and_beside_longer_ones(score: str) -> None:
     assert model.pronounce(words) == [model.pronounce([word])[0] for word in words]
 
 
-def test_alignments_are_the_weights_of_the_very_steps_that_chose_the_sounds(model: Pronouncer) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("attention", ["additive", *VARIANTS])
+def test_alignments_are_the_weights_of_the_very_steps_that_chose_the_sounds(attention: str, order: str) -> None:
+    torch.manual_seed(0)
+    model = Pronouncer(attention, [STOP, "A", "B", "K"], order=order, embedding=8, hidden=16).eval()
     words = ["abba", "blackboards", "k"]
     said = model.pronounce(words)
     for word, sounds, weights in zip(words, said, model.alignments(words, said), strict=True):
         assert weights.shape == (len(sounds), len(word))
-        torch.testing.assert_close(weights.sum(-1), torch.ones(len(sounds)))
-        memory, sound = model.encode([word]), torch.tensor([[END]])
-        state = memory.summary.unsqueeze(0)
+        encoded, sound = model.encode([word]), torch.tensor([[END]])
+        past = model.start(encoded)
         for row, name in zip(weights, sounds, strict=True):
-            logits, state, seen = model.decode(sound, memory, state)
-            assert seen is not None
+            logits, past, seen = model.decode(sound, encoded, past)
+            assert seen.weights is not None
             sound = logits.argmax(-1)
             assert model.sounds[int(sound)] == name
             torch.testing.assert_close(seen.weights()[0, 0], row)
+
+
+@pytest.mark.parametrize("attention", ["additive", *VARIANTS])
+def test_all_of_a_model_learns(attention: str) -> None:
+    torch.manual_seed(0)
+    model = Pronouncer(attention, [STOP, "A", "B", "K"], order="bahdanau", embedding=8, hidden=16)
+    model.loss(["abba", "back"], [("A", "B", "A"), ("B", "A", "K")]).backward()
+    assert [name for name, each in model.named_parameters() if each.grad is None or not each.grad.any()] == []
 
 
 def test_a_model_without_attention_has_no_alignments() -> None:
@@ -178,7 +190,7 @@ def test_a_checkpoint_says_the_same_again(tmp_path: Path, capsys: pytest.Capture
     ]
     assert files(tmp_path / "b") == {name: files(tmp_path / "a")[name] for name in ("alignment.png", "alignment.svg")}
     learnt = pronounce.load(checkpoint)
-    assert (learnt.model.score_name, learnt.steps, learnt.seed, learnt.dictionary) == ("dot", 2, 5, dictionary.VERSION)
+    assert (learnt.model.label, learnt.steps, learnt.seed, learnt.dictionary) == ("dot", 2, 5, dictionary.VERSION)
     for name, parameter in load_file(checkpoint).items():
         torch.testing.assert_close(learnt.model.state_dict()[name], parameter, rtol=0, atol=0)
 
@@ -207,6 +219,23 @@ def test_scores_are_compared_in_one_table_and_one_figure(tmp_path: Path, capsys:
         assert [label.get_text() for label in ax.get_yticklabels()] == list(sounds)
         assert ax.images[0].get_clim() == (0, 1)
     assert figure.get_suptitle().splitlines()[-1] == "none: PER 1.00 %, WER 2.00 % of held-out words"
+
+
+@pytest.mark.usefixtures("small")
+def test_kinds_of_attention_are_compared_in_one_table_and_one_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["dot", "additive", *VARIANTS]
+    arguments = ["--score", "dot", "--attention", ",".join(names[1:]), "--order", "bahdanau", "--steps", "1"]
+    assert cli.main(["demo", *arguments, "--words", "knight", "--out", str(tmp_path)]) == 0
+    labels = [f"{name}-bahdanau" for name in names]
+    assert [line.split()[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("word ")] == [labels]
+    models = [pronounce.load(tmp_path / f"{label}.safetensors").model for label in labels]
+    assert [(model.attention, model.order, model.training) for model in models] == [
+        (name, "bahdanau", False) for name in names
+    ]
+    figure = pronounce.draw([(model, dictionary.ErrorRates(1, 2)) for model in models], ["knight"])
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_title()] == labels
 
 
 def test_a_word_without_a_sound_is_drawn_as_nothing(model: Pronouncer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +296,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("huge", {"hidden": 10**9})
     write("negative", {"embedding": -1})
     write("text", {"hidden": "16"})
-    write("score", {"score": "psychic"})
+    write("attention", {"attention": "psychic"})
+    write("order", {"order": "psychic"})
     write("letters", {"letters": "abc"})
     write("sounds", {"sounds": 3})
     write("missing", {}, {name: tensor for name, tensor in parameters.items() if name != "sound.weight"})
@@ -308,6 +338,10 @@ def test_refuses_what_is_no_checkpoint(checkpoints: Path, tmp_path: Path, capsys
         (["--words", "a" * 51], "up to 50 letters"),
         (["--score", "psychic"], "'psychic' is none of additive, dot"),
         (["--score", ","], "--score"),
+        (["--attention", "dot"], "--attention: 'dot' is none of additive, location"),
+        (["--order", "random"], "--order: 'random' is none of luong, bahdanau"),
+        (["--from", "some", "--attention", "hard"], "--from"),
+        (["--from", "some", "--order", "luong"], "--from"),
         (["--steps", "0"], "--steps is 0"),
         (["--steps", "-1"], "--steps"),
         (["--steps", "many"], "'many'"),

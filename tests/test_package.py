@@ -97,7 +97,7 @@ LAYERS = (
     ("attended",),
     ("functional", "look"),
     ("modules", "pooling", "decoding", "demos.encoder_decoder", "demos.dictionary"),
-    ("d2l", "demos"),
+    ("d2l", "loading", "demos"),
     ("cli", ""),
     ("__main__",),
 )

@@ -180,6 +180,8 @@ def test_autocast(score: str) -> None:
         out = run(query, key, value)
         seen = regard.attention(query, key, value, mask=regard.Lengths(LENS))
         weights = seen.weights()
+        mixed = run(query.bfloat16(), key, value.half())  # as they come of layers, some of which autocast casts
+    torch.testing.assert_close(mixed, out, atol=0.01, rtol=0)
     assert out.dtype == torch.bfloat16  # as scaled_dot_product_attention under autocast
     assert (out - exact).abs().max() < 0.05
     assert weights.dtype == torch.float32

@@ -73,6 +73,19 @@ def parser() -> Parser:
         metavar="NAME[,NAME]",
         help="scoring functions to learn with and compare: additive (default), dot, scaled_dot, bilinear, none",
     )
+    option(
+        "--attention",
+        type=names,
+        action="extend",
+        metavar="NAME[,NAME]",
+        help="kinds of attention, by the additive score, to compare: additive, location, coverage, monotonic, local, "
+        "hard",
+    )
+    option(
+        "--order",
+        metavar="NAME",
+        help="whether attention comes after the decoder's step, luong (default), or before it, bahdanau",
+    )
     option("--steps", type=count, metavar="N", help="batches to learn from (default: 2400)")
     option("--seed", type=count, metavar="N", help="one seed gives one result (default: 0)")
     option("--words", type=words, metavar='"WORD WORD"', help="words to pronounce and draw")
@@ -130,7 +143,8 @@ def count(text: str) -> int:
 
 
 def demo(options: argparse.Namespace) -> None:
-    if options.checkpoints and (options.score or options.steps is not None or options.seed is not None):
+    learning = options.score, options.attention, options.order, options.steps, options.seed
+    if options.checkpoints and any(each is not None for each in learning):
         raise ValueError("--from looks at what was learnt: it goes with --words and --out only")
     try:
         from regard.demos import pronounce
@@ -139,7 +153,9 @@ def demo(options: argparse.Namespace) -> None:
             raise
         raise ValueError(f'the demo needs {error.name}, which is not installed: pip install "regard[demo]"') from error
     pronounce.demo(
-        scores=options.score or ["additive"],
+        scores=options.score or ([] if options.attention else ["additive"]),
+        attention=options.attention or [],
+        order=options.order or "luong",
         steps=2400 if options.steps is None else options.steps,
         seed=options.seed or 0,
         words=pronounce.SAMPLE if options.words is None else options.words,

@@ -168,9 +168,8 @@ def lower(
     enable_gqa: bool,
 ) -> Problem:
     """Check, blank, project: from what a user says to what an implementation may see."""
+    query, key, value = autocast(query), autocast(key), autocast(value)
     grid = _check(query, key, value, score, bias, normalizer, dropout_p, enable_gqa)
-    if autocasting(query):
-        query, key, value = autocast(query), autocast(key), autocast(value)
     query, key, value, intervals, keep, shared = blanked(query, key, value, mask, grid, score.heads > 1)
     query, key, pair = score.project_query(query), score.project_key(key), score.pair()
     if query.shape[-1] != key.shape[-1] and not isinstance(pair, FunctionPair):
@@ -313,5 +312,7 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tup
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as scaled_dot_product_attention casts its inputs."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
+    """x in autocast's dtype where that is on, as scaled_dot_product_attention casts its inputs; float64 stays."""
+    if not isinstance(x, Tensor) or not autocasting(x) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

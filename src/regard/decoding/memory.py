@@ -69,9 +69,8 @@ class Memory:
     ) -> None:
         check_settings(score, normalizer, dropout_p)
         self.score, self.normalizer, self.dropout_p, self.impl = score, normalizer, dropout_p, impl
+        key, value = autocast(key), autocast(value)
         self._leading = _leading(key, value)  # without the heads of the score's own
-        if autocasting(key):
-            key, value = autocast(key), autocast(value)
         (k, v, *seen), self._sight = _project(score, key, value, mask, self._leading)
         self._rows = (_own(k, key), _own(v, value), *seen)
         self._room = Room(self._rows, filled=len(self))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.decoding.memory import Memory
+from regard.visible import blank
 
 S = TypeVar("S", bound=tuple[Any, ...])
 
@@ -43,7 +44,7 @@ class Stepwise(nn.Module, ABC, Generic[S]):
         """A row of queries (..., Lq, Dq), one step after another: what `step` gives for each, and the last state."""
         now = self.start(memory) if state is None else state
         contexts, weights = [], []
-        for each in query.unbind(-2):
+        for each in checked(query, memory, "Lq", "Dq").unbind(-2):
             context, p, now = self.step(each, memory, now)
             contexts.append(context)
             weights.append(p)
@@ -70,6 +71,33 @@ def zeros(memory: Memory) -> Tensor:
     return visible.new_zeros(visible.shape, dtype=torch.promote_types(memory.dtype, torch.float32))
 
 
-def of_keys(memory: Memory, history: Tensor) -> Tensor:
+def of_keys(memory: Memory, history: Tensor, value: float = 0.0) -> Tensor:
     """What was of earlier keys (..., n), for all keys of a memory that may have been appended to: (..., Lk)."""
-    return F.pad(history, (0, len(memory) - history.shape[-1])) if history.shape[-1] != len(memory) else history
+    new = len(memory) - history.shape[-1]
+    if new < 0:
+        raise ValueError(f"state is of {history.shape[-1]} keys; this memory has {len(memory)}")
+    check_samples(memory, history.shape[:-1])
+    return F.pad(history, (0, new), value=value) if new else history
+
+
+def check_samples(memory: Memory, leading: tuple[int, ...]) -> None:
+    """ValueError where a state of these leading dimensions is not of the memory's samples."""
+    if not _alike(leading, memory._whole):
+        raise ValueError(f"state has leading dimensions {tuple(leading)}; for this memory they must be {memory._whole}")
+
+
+def checked(query: Tensor, memory: Memory, *sizes: str) -> Tensor:
+    """The query, of shape (..., *sizes), with zeros where it may attend nothing; else TypeError or ValueError."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query is a {type(query).__name__}; it must be a Tensor")
+    if not _alike(query.shape[: -len(sizes)], memory._leading) or query.dim() < len(sizes):
+        fits = ", ".join(map(str, (*memory._leading, *sizes)))
+        raise ValueError(f"query has shape {tuple(query.shape)}; for this memory it must be ({fits})")
+    seeing, heads = memory._sight.seeing, memory.score.heads > 1
+    if seeing is None:
+        return query
+    return blank(query, seeing, heads) if len(sizes) > 1 else blank(query.unsqueeze(-2), seeing, heads).squeeze(-2)
+
+
+def _alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True))

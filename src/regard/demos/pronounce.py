@@ -22,7 +22,7 @@ from tqdm import tqdm
 import regard
 from regard.demos import dictionary
 from regard.demos.dictionary import ErrorRates, Sounds
-from regard.demos.encoder_decoder import SCORES, STOP, Pronouncer
+from regard.demos.encoder_decoder import ORDERS, SCORES, STOP, VARIANTS, Pronouncer
 from regard.files import replacing
 from regard.look.heatmaps import heatmap
 
@@ -39,7 +39,8 @@ def train(model: Pronouncer, examples: Sequence[tuple[str, Sounds]], steps: int,
     """Take steps of Adam on batches of examples; return how many, fewer than asked after Ctrl-C."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))  # warm up, then down to 0
-    bar = tqdm(batches(examples, seed), model.score_name, total=steps, unit="step", disable=None)
+    model.train()
+    bar = tqdm(batches(examples, seed), model.label, total=steps, unit="step", disable=None)
     done = 0
     try:
         for words, pronunciations in bar:
@@ -58,17 +59,20 @@ def train(model: Pronouncer, examples: Sequence[tuple[str, Sounds]], steps: int,
             raise
     finally:
         bar.close()
+        model.eval()
     return done
 
 
-def batches(examples: Sequence[tuple[str, Sounds]], seed: int) -> Iterator[tuple[list[str], list[Sounds]]]:
+def batches(
+    examples: Sequence[tuple[str, Sounds]], seed: int, size: int = BATCH
+) -> Iterator[tuple[list[str], list[Sounds]]]:
     """Batches of words of similar lengths, in an order that is new each time round, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         shuffled = torch.randperm(len(examples), generator=generator)
-        for pool in shuffled.split(64 * BATCH):
+        for pool in shuffled.split(64 * size):
             near = sorted(pool.tolist(), key=lambda i: (len(examples[i][0]), len(examples[i][1])))
-            alike = [near[start : start + BATCH] for start in range(0, len(near), BATCH)]
+            alike = [near[start : start + size] for start in range(0, len(near), size)]
             for i in torch.randperm(len(alike), generator=generator).tolist():
                 words, pronunciations = zip(*(examples[each] for each in alike[i]), strict=True)
                 yield list(words), list(pronunciations)
@@ -83,14 +87,15 @@ class Learnt(NamedTuple):
     dictionary: str  # version
 
 
-def learn(score: str, words: Words, steps: int, seed: int) -> Learnt:
+def learn(attention: str, order: str, words: Words, steps: int, seed: int) -> Learnt:
     """Train on the words that are not held out. One seed gives one result, bit for bit, on one machine."""
     examples = [(word, sounds) for word in words if not dictionary.held_out(word) for sounds in words[word]]
     sounds = sorted({sound for each in words.values() for pronunciation in each for sound in pronunciation})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = Pronouncer(score, [STOP, *sounds])
-    return Learnt(model, train(model, examples, steps, seed), seed, dictionary.VERSION)
+        model = Pronouncer(attention, [STOP, *sounds], order=order)
+        steps = train(model, examples, steps, seed)
+    return Learnt(model, steps, seed, dictionary.VERSION)
 
 
 def save(learnt: Learnt, path: Path) -> None:
@@ -102,7 +107,8 @@ def save(learnt: Learnt, path: Path) -> None:
 def about(learnt: Learnt) -> str:
     model = learnt.model
     facts = {
-        "score": model.score_name,
+        "attention": model.attention,
+        "order": model.order,
         "embedding": model.letter.embedding_dim,
         "hidden": model.decoder.hidden_size,
         "letters": dictionary.LETTERS,
@@ -124,9 +130,15 @@ def load(path: Path) -> Learnt:
         if facts["letters"] != dictionary.LETTERS:
             raise ValueError("it was learnt with other letters")
         with torch.device("meta"):  # a size that does not fit the parameters must not cost its memory
-            model = Pronouncer(facts["score"], facts["sounds"], embedding=facts["embedding"], hidden=facts["hidden"])
+            model = Pronouncer(
+                facts["attention"],
+                facts["sounds"],
+                order=facts["order"],
+                embedding=facts["embedding"],
+                hidden=facts["hidden"],
+            )
         model.load_state_dict(parameters, assign=True)
-        return Learnt(model, facts["steps"], facts["seed"], facts["cmudict"])
+        return Learnt(model.eval(), facts["steps"], facts["seed"], facts["cmudict"])
     except OSError as error:
         raise OSError(f"--from {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -155,7 +167,7 @@ def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str])
     letters, sounds = max(map(len, words)), max(len(each) for _, _, said in rows for each in said)
     inches = (columns * (0.34 * letters + 0.7) + 1.5, len(rows) * (0.34 * sounds + 0.7) + 0.2 * len(results) + 0.4)
     figure = Figure(inches, layout="constrained")
-    figure.suptitle("\n".join(f"{model.score_name}: {rates} of held-out words" for model, rates in results))
+    figure.suptitle("\n".join(f"{model.label}: {rates} of held-out words" for model, rates in results))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (model, block, said) in zip(grid, rows, strict=True):
         for ax, word, each, weights in zip(axes, block, said, model.alignments(block, said), strict=False):
@@ -163,7 +175,7 @@ def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str])
                 heatmap(weights, each, word, ax=ax, vmax=1.0, cmap="viridis", colorbar=False)
             else:
                 ax.set(xticks=[], yticks=[])
-            ax.set(title=word, xlabel="", ylabel=model.score_name if ax is axes[0] else "", anchor="NW")
+            ax.set(title=word, xlabel="", ylabel=model.label if ax is axes[0] else "", anchor="NW")
         for ax in axes[len(block) :]:
             ax.set_axis_off()
     figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=grid, label="attention weight", panchor=False)
@@ -174,7 +186,7 @@ def draw(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str])
 
 def table(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str], known: Words) -> str:
     """Sample words: what the dictionary says, and what each model does."""
-    rows = [["word", "", "dictionary", *(model.score_name for model, _ in results)]]
+    rows = [["word", "", "dictionary", *(model.label for model, _ in results)]]
     said = [model.pronounce(words) for model, _ in results]
     for word, *predictions in zip(words, *said, strict=True):
         references = known.get(word, [])
@@ -191,18 +203,30 @@ def table(results: Sequence[tuple[Pronouncer, ErrorRates]], words: Sequence[str]
 
 
 def demo(
-    scores: Sequence[str], steps: int, seed: int, words: Sequence[str], checkpoints: Sequence[Path], out: Path
+    scores: Sequence[str],
+    attention: Sequence[str],
+    order: str,
+    steps: int,
+    seed: int,
+    words: Sequence[str],
+    checkpoints: Sequence[Path],
+    out: Path,
 ) -> None:
-    """Learn with each score, or read checkpoints instead; print error rates and sample words, draw what was seen.
+    """Learn with each score and kind of attention, or read checkpoints instead; print error rates, draw what was seen.
 
     Ctrl-C ends the learning and keeps what was learnt.
 
     Raises:
         ValueError, OSError: where an argument cannot be used; nothing has been learnt or written then.
     """
-    for score in scores:
-        if score not in SCORES:
-            raise ValueError(f"--score: {score!r} is none of {', '.join(SCORES)}")
+    for option, given, fit in (
+        ("--score", scores, SCORES),
+        ("--attention", attention, ("additive", *VARIANTS)),
+        ("--order", [order], ORDERS),
+    ):
+        for name in given:
+            if name not in fit:
+                raise ValueError(f"{option}: {name!r} is none of {', '.join(fit)}")
     if steps < 1:
         raise ValueError(f"--steps is {steps}; it must be 1 or more")
     if not 1 <= len(words) <= 24 or max(map(len, words)) > 50:
@@ -219,9 +243,9 @@ def demo(
     torch.set_num_threads(1)  # fastest for a small recurrent model, and the same result on any number of cores
     try:
         results = []
-        for learnt in read or learn_each(dict.fromkeys(scores), known, steps, seed, out):
+        for learnt in read or learn_each(dict.fromkeys([*scores, *attention]), order, known, steps, seed, out):
             rates = evaluate(learnt.model, known)
-            print(f"{learnt.model.score_name}: {learnt.steps:,} steps, {rates} of held-out words", flush=True)
+            print(f"{learnt.model.label}: {learnt.steps:,} steps, {rates} of held-out words", flush=True)
             results.append((learnt.model, rates))
         print("", table(results, words, known), "", sep="\n")
         if all(model.score is None for model, _ in results):
@@ -236,12 +260,15 @@ def demo(
         torch.set_num_threads(threads)
 
 
-def learn_each(scores: Iterable[str], known: Words, steps: int, seed: int, out: Path) -> Iterator[Learnt]:
-    """Learn with one score after the other, each saved at once; Ctrl-C makes the present one the last."""
-    for score in scores:
-        learnt = learn(score, known, steps, seed)
-        save(learnt, out / f"{score}.safetensors")
-        print("wrote", out / f"{score}.safetensors")
+def learn_each(
+    attention: Iterable[str], order: str, known: Words, steps: int, seed: int, out: Path
+) -> Iterator[Learnt]:
+    """Learn with one kind after the other, each saved at once; Ctrl-C makes the present one the last."""
+    for kind in attention:
+        learnt = learn(kind, order, known, steps, seed)
+        path = out / f"{learnt.model.label}.safetensors"
+        save(learnt, path)
+        print("wrote", path)
         if learnt.steps < steps:
             print(f"stopped after {learnt.steps:,} of {steps:,} steps; going on with what was learnt")
         yield learnt
