@@ -1,8 +1,8 @@
 """Look attributes up among 20 keys (Brody, Alon & Yahav 2022, "How Attentive are Graph Attention Networks?").
 
 A key holds an attribute and a value, a query asks for the value of an attribute, and all that is learnt is where to
-look: a linear layer on either side, and a score. That of the first graph attention networks, LeakyReLU(a·q + b·k), is
-static: it ranks the keys alike for all queries, and is right about one of them at most.
+look: a linear layer on either side, and a score of one head. That of the first graph attention networks is static,
+LeakyReLU(a·q + b·k): it ranks the keys alike for all queries, and is right about one of them at most.
 """
 
 import argparse

@@ -47,8 +47,8 @@ def point(encoded: Tensor, way: Tensor) -> Tensor:
 
 
 optimizer = torch.optim.Adam(nn.ModuleList([encoder, score]).parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=2000, pct_start=0.1)
-for _ in trange(2000, disable=None):
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=1200, pct_start=0.1)
+for _ in trange(1200, disable=None):
     points, way, steps = hulls(128, int(torch.randint(5, 11, ())))
     optimizer.zero_grad()
     F.nll_loss(point(encoder(points), way[:, :-1])[steps], way[steps]).backward()

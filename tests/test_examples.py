@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+
+from regard import scores
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 NEEDED = {  # packages that hold weights, and what reads these
@@ -70,7 +73,7 @@ def run(example: Path, folder: Path, *arguments: str) -> str:
         "TQDM_DISABLE": "1",
     }
     command = [sys.executable, str(example), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -126,5 +129,46 @@ def two_languages(said: str) -> None:
     assert "注 意 力" in said
 
 
-EVERY = additive_toy, cues, kernel_regression, dates, digit_bags, atom_map, katakana, grouped_heads, two_languages
+def dictionary_lookup(said: str) -> None:
+    accuracy = {name: float(right) for name, right in re.findall(r"^(.+?) +(\d\.\d{4})$", said, re.MULTILINE)}
+    assert accuracy.pop("static GAT") <= 0.1
+    public = {name for name, each in inspect.getmembers(scores, inspect.isclass) if issubclass(each, scores.Score)}
+    assert {name for name in public if not name.startswith("_")} - {"Score", "FunctionScore"} == set(accuracy)
+    assert set(accuracy.values()) == {1.0}
+
+
+def repetitive_copy(said: str) -> None:
+    content, location = numbers(f"content {NUMBER}, location {NUMBER}", said)
+    assert content >= 0.3
+    assert location <= 0.03
+
+
+def pointer_network(said: str) -> None:
+    (five,), (ten,) = numbers(f" 5 points found: {NUMBER}", said), numbers(f" 10 points found: {NUMBER}", said)
+    assert five >= 0.9
+    assert ten >= 0.8
+
+
+def hard_and_soft(said: str) -> None:
+    (right,) = numbers(f"REINFORCE: the mean .* is {NUMBER}", said)
+    (biased,) = numbers(f"Gumbel: the mean .* is {NUMBER}", said)
+    assert right <= 4
+    assert biased >= 10
+
+
+EVERY = (
+    additive_toy,
+    cues,
+    kernel_regression,
+    dates,
+    digit_bags,
+    atom_map,
+    katakana,
+    grouped_heads,
+    two_languages,
+    dictionary_lookup,
+    repetitive_copy,
+    pointer_network,
+    hard_and_soft,
+)
 CLAIMS = {claim.__name__: claim for claim in EVERY}

@@ -592,6 +592,14 @@ def test_chunks_of_far_scores() -> None:
     assert grad.isfinite().all()
 
 
+def test_gradients_of_chunks() -> None:
+    leaves = torch.rand(2, 8).requires_grad_(), torch.randn(2, 8).requires_grad_()
+    found, true = (
+        torch.autograd.grad(x.square().sum(), leaves) for x in (_shared_out(*leaves, 3), chunked(*leaves, 3))
+    )
+    torch.testing.assert_close(found, true)
+
+
 def test_chunks_that_are_appended_to() -> None:
     (query, memory), attention = ask(keys=6), MonotonicChunkwise(3)
     more, key = torch.randn(3, 2, DIM), torch.randn(3, 6, DIM)

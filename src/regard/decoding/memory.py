@@ -70,8 +70,8 @@ class Memory:
         check_settings(score, normalizer, dropout_p)
         self.score, self.normalizer, self.dropout_p, self.impl = score, normalizer, dropout_p, impl
         key, value = autocast(key), autocast(value)
-        self._leading = _leading(key, value)  # without the heads of the score's own
-        (k, v, *seen), self._sight = _project(score, key, value, mask, self._leading)
+        self.leading = _leading(key, value)  # without the heads of the score's own
+        (k, v, *seen), self._sight = _project(score, key, value, mask, self.leading)
         self._rows = (_own(k, key), _own(v, value), *seen)
         self._room = Room(self._rows, filled=len(self))
         self._prepared = self._prepare()
@@ -86,6 +86,16 @@ class Memory:
         """Of keys, values and queries."""
         return self._rows[1].dtype
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The leading dimensions, heads of the score's own included: those of weights and contexts."""
+        return (*self.leading, self.score.heads) if self.score.heads > 1 else self.leading
+
+    @property
+    def seeing(self) -> Tensor | None:
+        """Bool (..., 1, 1): where there is a key to attend; None where that is everywhere."""
+        return self._sight.seeing
+
     def __len__(self) -> int:
         return self.keys
 
@@ -93,7 +103,7 @@ class Memory:
         key, value = self._rows[:2]
         return (
             f"Memory({type(self.score).__name__}, {self.keys} keys of size {key.shape[-1]} and values of size "
-            f"{value.shape[-1]}, leading dimensions {tuple(self._leading)}, {value.dtype})"
+            f"{value.shape[-1]}, leading dimensions {tuple(self.leading)}, {value.dtype})"
         )
 
     # --- A step.
@@ -138,10 +148,10 @@ class Memory:
 
         Dropout is the memory's. ValueError where the weights are of other keys or samples.
         """
-        one = weights.dim() == len(self._whole) + 1
+        one = weights.dim() == len(self.whole) + 1
         p = weights.unsqueeze(-2) if one else weights
-        if p.dim() < 2 or p.shape[-1] != len(self) or _broadcast(p.shape[:-2], self._whole) != p.shape[:-2]:
-            samples = "".join(f"{n}, " for n in self._whole)
+        if p.dim() < 2 or p.shape[-1] != len(self) or _broadcast(p.shape[:-2], self.whole) != p.shape[:-2]:
+            samples = "".join(f"{n}, " for n in self.whole)
             fits = f"({samples}{len(self)}), or ({samples}Lq, {len(self)})"
             raise ValueError(f"weights has shape {tuple(weights.shape)}; for this memory it must be {fits}")
         if self.dropout_p:
@@ -154,7 +164,7 @@ class Memory:
         """Bool (..., Lk): which keys may be attended."""
         _, _, *seen = self._rows
         every = torch.ones(len(self), dtype=torch.bool, device=self._rows[0].device)
-        return (seen[0].squeeze(-1) if seen else every).expand(*self._whole, len(self))
+        return (seen[0].squeeze(-1) if seen else every).expand(*self.whole, len(self))
 
     def _problem(self, query: Tensor, mask: Mask | Tensor | None, dropout_p: float) -> Problem:
         query, leading = self._checked(query)
@@ -190,7 +200,7 @@ class Memory:
 
     def _is_one(self, query: Tensor) -> bool:
         """Whether this is one query of each sample, and not a row of them."""
-        return query.dim() == len(self._leading) + 1
+        return query.dim() == len(self.leading) + 1
 
     def _checked(self, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The query as (..., Lq, Dq), and what its leading dimensions and the memory's broadcast to."""
@@ -202,11 +212,11 @@ class Memory:
             fits = f"{value.dtype} on {value.device}, as the memory, which memory.to changes"
             raise ValueError(f"query is {query.dtype} on {query.device}; it must be {fits}")
         rows = query.unsqueeze(-2) if self._is_one(query) else query
-        if rows.shape[:-2] == self._leading:
-            return rows, self._leading
-        leading = _broadcast(rows.shape[:-2], self._leading) if rows.dim() > len(self._leading) + 1 else None
+        if rows.shape[:-2] == self.leading:
+            return rows, self.leading
+        leading = _broadcast(rows.shape[:-2], self.leading) if rows.dim() > len(self.leading) + 1 else None
         if leading is None:
-            samples = "".join(f"{n}, " for n in self._leading)
+            samples = "".join(f"{n}, " for n in self.leading)
             fits = f"({samples}Dq), one query of each sample, or ({samples}Lq, Dq)"
             raise ValueError(f"query has shape {tuple(query.shape)}; for this memory it must be {fits}")
         return rows, leading
@@ -226,14 +236,14 @@ class Memory:
         10
         """
         leading, old = _leading(key, value), self._rows
-        if _broadcast(leading, self._leading) != self._leading:
+        if _broadcast(leading, self.leading) != self.leading:
             found = f"key and value have leading dimensions {leading}"
-            raise ValueError(f"{found}; they must broadcast to the memory's, {self._leading}")
+            raise ValueError(f"{found}; they must broadcast to the memory's, {self.leading}")
         key, value = _cast(key, old[1].dtype), _cast(value, old[1].dtype)
         if value.dtype != old[1].dtype or value.device != old[1].device:
             found, fits = (f"{x.dtype} on {x.device}" for x in (value, old[1]))
             raise ValueError(f"key and value are {found}; they must be {fits}, as the memory")
-        new, sight = _project(self.score, key, value, mask, self._leading)
+        new, sight = _project(self.score, key, value, mask, self.leading)
         for name, x, ours in zip(("key", "value"), new, old, strict=False):
             if x.shape[-1] != ours.shape[-1]:
                 sizes = f"size {x.shape[-1]} after projection" if name == "key" else f"size {x.shape[-1]}"
@@ -243,7 +253,7 @@ class Memory:
             return self
         sight = self._sight.followed_by(sight, len(new) > 2, first, keys)
         if len(old) != len(new):
-            old, new = (_with_seen(rows, self._whole) for rows in (old, new))
+            old, new = (_with_seen(rows, self.whole) for rows in (old, new))
         shapes = [torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]) for x, y in zip(old, new, strict=True)]
         if _recording((*old, *new)):
             whole = zip(old, new, shapes, strict=True)
@@ -266,9 +276,9 @@ class Memory:
         >>> beams.attend(torch.randn(4, 8)).shape
         torch.Size([4, 8])
         """
-        if not self._leading:
+        if not self.leading:
             raise ValueError("index is of samples, and this memory has none: its keys have no leading dimension")
-        samples, device, dim = self._leading[0], self._rows[0].device, -len(self._whole) - 2
+        samples, device, dim = self.leading[0], self._rows[0].device, -len(self.whole) - 2
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             raise TypeError(f"index is {index!r}; it must be an int64 Tensor")
         if index.dim() != 1 or index.device != device:
@@ -286,7 +296,7 @@ class Memory:
         rows = self._rows if any(map(common, self._rows)) else self._room.rows  # room goes along where it is copied
         prepared = None if self._prepared is None else pick(self._prepared)
         room, sight = Room(tuple(map(pick, rows)), self.keys), self._sight.each(pick)
-        return self._with(room, self.keys, sight, prepared, self.keys, (len(index), *self._leading[1:]))
+        return self._with(room, self.keys, sight, prepared, self.keys, (len(index), *self.leading[1:]))
 
     def to(self, target: torch.device | torch.dtype | str | int) -> Memory:
         """The memory on another device, or in another floating dtype. The score is the caller's, and stays as it is.
@@ -324,14 +334,9 @@ class Memory:
         """The memory of so many keys of the room, of which those before `first` are `prepared`, if any are."""
         memory = object.__new__(type(self))
         vars(memory).update(vars(self), _room=room, _rows=room.read(keys), _sight=sight)
-        memory._leading = self._leading if leading is None else leading
+        memory.leading = self.leading if leading is None else leading
         memory._prepared = memory._prepare(prepared, first)
         return memory
-
-    @property
-    def _whole(self) -> tuple[int, ...]:
-        """The leading dimensions, heads of the score's own included."""
-        return (*self._leading, self.score.heads) if self.score.heads > 1 else self._leading
 
     def _prepare(self, prepared: Tensor | None = None, first: int = 0) -> Tensor | None:
         """(..., 1, size): the keys once more, as the C++ kernels read them, where these will run; else None.
@@ -343,7 +348,7 @@ class Memory:
         key, value, pair = self._rows[0].detach(), self._rows[1].detach(), self.score.pair()
         leading = key.shape[:-2]
         if prepared is None:  # whether the kernels will run, one query of each sample will tell
-            problem = Problem(key[..., :1, :], key, value, pair, self.normalizer, self._whole)
+            problem = Problem(key[..., :1, :], key, value, pair, self.normalizer, self.whole)
             if self.impl not in ("auto", "cpu") or kernels.refusal(kernels.TABLE["cpu"], problem) is not None:
                 return None
             if self.impl == "auto" and kernels.choose(problem).name != "cpu":

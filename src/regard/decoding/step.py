@@ -82,18 +82,18 @@ def of_keys(memory: Memory, history: Tensor, value: float = 0.0) -> Tensor:
 
 def check_samples(memory: Memory, leading: tuple[int, ...]) -> None:
     """ValueError where a state of these leading dimensions is not of the memory's samples."""
-    if not _alike(leading, memory._whole):
-        raise ValueError(f"state has leading dimensions {tuple(leading)}; for this memory they must be {memory._whole}")
+    if not _alike(leading, memory.whole):
+        raise ValueError(f"state has leading dimensions {tuple(leading)}; for this memory they must be {memory.whole}")
 
 
 def checked(query: Tensor, memory: Memory, *sizes: str) -> Tensor:
     """The query, of shape (..., *sizes), with zeros where it may attend nothing; else TypeError or ValueError."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query is a {type(query).__name__}; it must be a Tensor")
-    if not _alike(query.shape[: -len(sizes)], memory._leading) or query.dim() < len(sizes):
-        fits = ", ".join(map(str, (*memory._leading, *sizes)))
+    if not _alike(query.shape[: -len(sizes)], memory.leading) or query.dim() < len(sizes):
+        fits = ", ".join(map(str, (*memory.leading, *sizes)))
         raise ValueError(f"query has shape {tuple(query.shape)}; for this memory it must be ({fits})")
-    seeing, heads = memory._sight.seeing, memory.score.heads > 1
+    seeing, heads = memory.seeing, memory.score.heads > 1
     if seeing is None:
         return query
     return blank(query, seeing, heads) if len(sizes) > 1 else blank(query.unsqueeze(-2), seeing, heads).squeeze(-2)

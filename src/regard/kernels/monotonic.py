@@ -107,7 +107,6 @@ def _monotonic_backward(
 
 def _call(name: str, logits: Tensor, previous: Tensor, *more: Tensor) -> None:
     """Calls the function of csrc/monotonic.cpp, which wants 1 − p as exact as p."""
-    logits = logits.contiguous()
     tensors = [x.contiguous() for x in (logits.sigmoid(), logits.neg().sigmoid(), previous, *more)]
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
     cpu._library()[name](*map(ctypes.c_int64, logits.shape), *pointers)
