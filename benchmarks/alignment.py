@@ -39,9 +39,7 @@ def main() -> int:
     worst = 100.0
     for name, pairs in ("what the model says", said), ("what the dictionary says", written):
         attention, diagonal, sounds = shares(model, pairs, letters)
-        print(
-            f"{model.label}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds"
-        )
+        print(f"{model.label}, {name}: attention {attention:.2f} %, diagonal {diagonal:.2f} % of {sounds:,} sounds")
         worst = min(worst, attention)
     return 0 if worst >= NEEDED else 1
 

@@ -73,10 +73,26 @@ def draw(case: Case) -> Given:
     torch.manual_seed(0)
     n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
     additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
-    score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
+    if case.score == "location-sensitive":
+        score = Located(n, case.batch, case.keys)
+    else:
+        score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
     lengths = (case.queries, case.keys, case.keys)
     query, key, value = (torch.randn(case.batch, each, n, requires_grad=not case.constants) for each in lengths)
     return Given(case, score, query, key, value, lens.clamp(min=1))
+
+
+class Located(regard.Additive):
+    """An additive score of keys that are moved by where earlier steps looked, as in location-sensitive attention."""
+
+    def __init__(self, size: int, batch: int, keys: int) -> None:
+        super().__init__(size, size, size)
+        self.location = regard.LocationSensitive(size, cumulative=True)  # 32 filters of 31 keys, as in Tacotron 2
+        self.looked: Tensor  # the last weights and the sum of all
+        self.register_buffer("looked", torch.rand(batch, 2, keys))
+
+    def project_key(self, key: Tensor) -> Tensor:
+        return super().project_key(key) + self.location.U(self.location.filters(self.looked).mT)
 
 
 class Variation(NamedTuple):
@@ -206,6 +222,33 @@ def by_textbook_step(given: Given, variation: Variation) -> Call:
     return call
 
 
+def by_location(given: Given, variation: Variation) -> Call:
+    located = given.score
+    assert isinstance(located, Located)
+    score = regard.Additive(1, 1, 1)
+    score.W_q, score.W_k, score.w_v = located.W_q, located.W_k, located.w_v
+    kept, location = regard.Memory(score, given.key.detach(), given.value.detach()), located.location
+    state = location.start(kept)._replace(weights=located.looked[:, 0], total=located.looked[:, 1])
+    return lambda: location.step(given.query[:, 0], kept, state).context.unsqueeze(1)
+
+
+def by_tacotron_step(given: Given, variation: Variation) -> Call:
+    """The usual code: convolve and project where was looked, add, tanh, project, mask, softmax; projected keys kept."""
+    located = given.score
+    assert isinstance(located, Located)
+    key, location = located.W_k(given.key).detach(), located.location
+    last, total = located.looked.unbind(1)
+    hidden = torch.zeros(given.case.batch, given.case.keys, dtype=torch.bool)
+
+    def call() -> Tensor:
+        moves = location.U(location.filters(torch.stack([last, total], 1)).transpose(1, 2))
+        energies = located.w_v(torch.tanh(located.W_q(given.query) + moves + key)).squeeze(-1)
+        weights = torch.softmax(energies.masked_fill(hidden, -math.inf), 1)
+        return torch.bmm(weights.unsqueeze(1), given.value)
+
+    return call
+
+
 class Contestant(NamedTuple):
     kind: str
     ready: Callable[[Given, Variation], Call]
@@ -216,15 +259,18 @@ CONTESTANTS = {
     "auto": Contestant("regard", partial(by_regard, impl="auto")),
     "regard alone": Contestant("regard", lambda given, variation: by_regard(projected(given), variation, IMPL)),
     "Memory": Contestant("regard", by_memory),
+    "LocationSensitive": Contestant("regard", by_location),
     "SDPA": Contestant("dot products", by_sdpa),
     "SDPA alone": Contestant("dot products", lambda given, variation: by_sdpa(projected(given), variation)),
     "softmax(q·Kᵀ)·V": Contestant("dot products", by_dot_step),
     "textbook": Contestant("as written", by_textbook),
     "textbook step": Contestant("as written", by_textbook_step),
+    "Tacotron 2 step": Contestant("as written", by_tacotron_step),
     "expression": Contestant("as written", by_expression),
     "cdist": Contestant("as written", by_cdist),
     "compiled textbook": Contestant("compiled", by_textbook),
     "compiled expression": Contestant("compiled", by_expression),
+    "compiled Tacotron 2 step": Contestant("compiled", by_tacotron_step),
 }
 
 

@@ -47,7 +47,8 @@ THREADS = (1, 2)
 ROUNDS, FEWEST = 101, 5
 SECONDS, BLOCK = 1.5, 0.02  # of a contestant: after so many it may leave, and each round takes at least so many
 OUTPUT = 2e-5  # error allowed: the largest, of the largest value
-GRADIENT = {"additive": 1e-4, "GATv2": 1e-3, "L1": 1e-3}  # the norm's, of the norm: at a kink single elements jump
+# of a gradient the norm's, of the norm: at a kink single elements jump
+GRADIENT = {"additive": 1e-4, "location-sensitive": 1e-4, "GATv2": 1e-3, "L1": 1e-3}
 CHECKED = 2**23  # elements of Lq × Lk × hidden that are checked; of a larger case, some of the query rows
 LAID_OUT = 2e9  # bytes of Lq × Lk × hidden, at most
 
@@ -58,6 +59,7 @@ PEAK = "peak at 8,192²"
 ALL = ("regard", "SDPA", "textbook")
 COMPILED = ("compiled textbook", "compiled expression")
 RAGGED = ("regard, ragged", "SDPA, ragged", "textbook, ragged")
+LOCATED = ("LocationSensitive", "Tacotron 2 step", "compiled Tacotron 2 step")
 HALVES = ("regard, causal", "SDPA, causal", "regard, half the keys", "SDPA, half the keys")
 CASES = {
     case.name: case
@@ -78,6 +80,7 @@ CASES = {
         Case("gatv2", 4, 256, 256, 128, ("regard", "SDPA", "expression", "compiled expression"), score="GATv2"),
         Case("l1", 4, 256, 256, 64, ("regard", "SDPA", "cdist"), score="L1"),
         Case("decoding", 16, 1, 1000, 256, ("Memory", "softmax(q·Kᵀ)·V", "textbook step"), passes=(FORWARD,)),
+        Case("location", 16, 1, 1000, 256, LOCATED, passes=(FORWARD,), score="location-sensitive"),
     )
 }
 PEAKS = (  # case, implementation and length of benchmarks.memory
@@ -127,6 +130,8 @@ BARS = (
     Bar("8192-64", FORWARD, "regard, window of 128", "regard", at_most=0.05),
     Bar("decoding", FORWARD, "Memory", "softmax(q·Kᵀ)·V", at_most=1.5),
     Bar("decoding", FORWARD, "textbook step", "Memory", at_least=8),
+    Bar("location", FORWARD, "Tacotron 2 step", "LocationSensitive", at_least=6),
+    Bar("location", FORWARD, "compiled *", "LocationSensitive"),
     Bar("toy", RECORDED, "auto, ragged", "textbook, ragged"),  # benchmarks.toy judges it, in a process of its own
     Bar("toy", BACKWARD, "auto, ragged", "textbook, ragged"),
     Bar("memory", PEAK, f"additive, {IMPL}", at_most=100),

@@ -210,4 +210,18 @@ inline Lanes exponential(Lanes x, Lanes rest) {
 
 inline Lanes exponential(Lanes x) { return exponential(x, splat(0.0f)); }
 
+// 2^x, and 2^-126 below that and inf above 2^128, to one unit in the last place: less work where x needs no `rest`.
+inline Lanes two_to(Lanes x) {
+    Lanes clamped = max(splat(-126.0f), x);
+    Lanes k = min(round(clamped), splat(127.0f));  // and a number, where x is none
+    Lanes f = clamped - k;
+    Lanes p = splat(1.53458119e-4f);  // within 2^-28 of 2^f for |f| < 0.5
+    p = fma(p, f, splat(1.33999314e-3f));
+    p = fma(p, f, splat(9.61848896e-3f));
+    p = fma(p, f, splat(5.55032878e-2f));
+    p = fma(p, f, splat(2.40226469e-1f));
+    p = fma(p, f, splat(6.93147206e-1f));
+    return times_two_to(fma(p, f, splat(1.0f)), k);
+}
+
 }  // namespace

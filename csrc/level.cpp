@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "attend.hpp"
+#include "shifted.hpp"
 
 namespace {
 
@@ -103,6 +104,32 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Compute comp
             compute(p, Keys(laid, sizes), map, scratch);
         });
         threads.went(scratch.paths);
+    };
+    on_threads(threads, computing.count, work);
+    return fine ? REGARD_OK : REGARD_NO_MEMORY;
+}
+
+// A unit of work is some keys of a map.
+template <class Pair>
+int score_all_moved(const regard_problem& p, const regard_threads& threads) {
+    constexpr int64_t keys = 32 * MOVED;
+    const int64_t blocks = (p.keys + keys - 1) / keys;
+    Stage computing(p.outer * p.inner * blocks);
+    std::atomic<bool> fine{true};
+    auto work = [&] {
+        Shifted scratch;
+        Arena memory([&](Arena& its) { lay_out(its, p, scratch); });
+        if (!memory) fine = false;
+        int64_t read = -1;
+        computing.run([&](int64_t n) {
+            if (!fine) return;
+            const int64_t map = n / blocks, start = n % blocks * keys;
+            const Place at(p, map);
+            if (read != map) read_map(p, at, scratch);
+            read = map;
+            for (int64_t j = start; j < least(start + keys, p.keys); j += MOVED)
+                score_moved<Pair>(p, at, j, scratch, p.scores + map * p.keys + j);
+        });
     };
     on_threads(threads, computing.count, work);
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
@@ -245,6 +272,14 @@ int scores(const regard_problem* p, const regard_threads* threads) {
         *p, [&](auto pair) { return by_rows<decltype(pair)>(*p, *threads, score_whole_rows<decltype(pair)>); });
 }
 
+int shifted_scores(const regard_problem* p, const regard_threads* threads) {
+    switch (p->pair) {
+        case REGARD_TANH: return score_all_moved<Rational<2>>(*p, *threads);
+        case REGARD_SIGMOID: return score_all_moved<Rational<1>>(*p, *threads);
+        default: return score_all_moved<Rectified>(*p, *threads);
+    }
+}
+
 int backward(const regard_problem* p, const regard_threads* threads) {
     return with_pair(*p, [&](auto pair) { return backward_all<decltype(pair)>(*p, *threads); });
 }
@@ -254,4 +289,5 @@ int backward(const regard_problem* p, const regard_threads* threads) {
 #define REGARD_NAMED(level) regard_##level
 #define REGARD_LEVEL_NAME(level) REGARD_NAMED(level)
 
-extern const regard_level REGARD_LEVEL_NAME(REGARD_LEVEL) = {prepared_count, prepare_keys, forward, scores, backward};
+extern const regard_level REGARD_LEVEL_NAME(REGARD_LEVEL) = {prepared_count, prepare_keys,   forward,
+                                                             scores,         shifted_scores, backward};

@@ -17,6 +17,7 @@ struct regard_level {
     int (*prepare)(const regard_problem*, const regard_threads*, int64_t first);
     int (*forward)(const regard_problem*, const regard_threads*);
     int (*scores)(const regard_problem*, const regard_threads*);
+    int (*shifted_scores)(const regard_problem*, const regard_threads*);
     int (*backward)(const regard_problem*, const regard_threads*);
 };
 

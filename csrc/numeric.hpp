@@ -81,6 +81,15 @@ inline void read_row(const regard_tensor& x, int64_t o, int64_t h, int64_t row, 
     for (int n = columns; n < padded; ++n) to[n] = 0.0f;
 }
 
+// The same row, where it is if it can be read there, or else in `to`.
+inline const float* row_of(const regard_tensor& x, int64_t o, int64_t h, int64_t row, int columns, int padded,
+                           float* to) {
+    if (x.dtype == REGARD_FLOAT32 && x.column == 1 && columns == padded)
+        return static_cast<const float*>(x.data) + o * x.outer + h * x.inner + row * x.row;
+    read_row(x, o, h, row, columns, padded, to);
+    return to;
+}
+
 inline void write_row(const regard_tensor& x, int64_t o, int64_t h, int64_t row, int columns, const float* from) {
     int64_t at = o * x.outer + h * x.inner + row * x.row;
     if (x.dtype == REGARD_FLOAT32) {

@@ -73,6 +73,10 @@ struct Rational {
     // sum_v: Σ v over the hidden units that were summed; scale: the power of two that v was divided by.
     static Lanes finish(Lanes sum, float sum_v, float scale) { return fnma(splat(kappa * scale), sum, splat(sum_v)); }
 
+    static Lanes activation(Lanes x, float) {
+        return fnma(splat(kappa), splat(1.0f) / (splat(1.0f) + two_to(x * splat(kappa * LOG2_E))), splat(1.0f));
+    }
+
     // With r = 1 / (1 + E F): activation' = κ² r (1 − r), and dv wants Σ G r.
     template <Path path>
     static void slopes(Lanes row, const Lanes (&key)[4], const float* g, float, Lanes& row_sum, Lanes (&key_sums)[4],
@@ -106,6 +110,10 @@ struct Plain {
 
 // Σ v leaky(a + b), leaky(x) = max(x, 0) + slope · min(x, 0); slope 0 is relu.
 struct Rectified : Plain {
+    static Lanes activation(Lanes x, float slope) {
+        return fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
+    }
+
     template <Path, int R, int C>
     static void add(const float* rows, int row_stride, const float* keys, const float* v, Lanes (&sums)[R][C],
                     float slope) {

@@ -129,6 +129,12 @@ REGARD_EXPORT int regard_scores(const regard_problem* p) {
     return LEVELS[level]->scores(p, &sharing);
 }
 
+// Of one query and moved keys; additive pairs only.
+REGARD_EXPORT int regard_shifted_scores(const regard_problem* p) {
+    const regard_threads sharing = threads();
+    return LEVELS[level]->shifted_scores(p, &sharing);
+}
+
 REGARD_EXPORT int regard_backward(const regard_problem* p) {
     const regard_threads sharing = threads();
     return LEVELS[level]->backward(p, &sharing);

@@ -48,7 +48,10 @@ struct regard_problem {
     int64_t first_row;       // where row 0 stands in the whole problem
     uint64_t dropped_below;  // of 2^32
     float kept_factor;
-    float* scores;  // (outer, inner, queries, keys): written by regard_scores
+    float* scores;  // (outer, inner, queries, keys): written by regard_scores and regard_shifted_scores
+    // What moves the keys of regard_shifted_scores, key + weight · features.
+    int64_t channels;                // columns of both
+    regard_tensor features, weight;  // rows: keys; hidden
     // Backward: gradients come contiguous in float32, and go so, one for each of (outer, inner).
     const float* grad_out;     // (outer, inner, queries, width)
     const float* grad_lse;     // (outer, inner, queries)

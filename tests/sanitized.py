@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from oracle import CASES, check
-from test_kernels import SIZES, pairs, problem, taken
+from test_kernels import ACTIVATIONS, MOVED_SHAPES, SIZES, moved, pairs, problem, taken
+from test_monotonic import SHAPES
 
-from regard.kernels import cpu, ops
+from regard.kernels import cpu, monotonic, ops
 from regard.reference import AdditivePair
 
 
@@ -29,6 +30,12 @@ def main(path: str) -> None:
         for size in (0.1, 10.0, 1e4, 1e38, torch.inf, torch.nan):
             a, b = (torch.randn(1, 2, n, 37) * size for n in (35, 300))
             ops.scores(AdditivePair(torch.randn(1, 37)), a, b)
+        for shape in MOVED_SHAPES:
+            for activation in ACTIVATIONS:
+                for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    moved(*shape, activation, dtype=dtype).differentiable().scores().sum().backward()
+        for size in (1e4, 1e38, torch.inf, torch.nan):
+            moved(2, 25, 70, 9, size=size).scores()
         prepared = cpu.prepare(AdditivePair(torch.randn(1, 37)), b[..., :9, :], room=300)
         for first, last in ((9, 10), (10, 32), (32, 33), (33, 257), (257, 300)):
             cpu.prepare(AdditivePair(torch.randn(1, 37)), b[..., :last, :], prepared=prepared, first=first)
@@ -36,6 +43,11 @@ def main(path: str) -> None:
         check(SIZES[0], "cpu")
         torch.set_num_threads(1)
         print(level, "is clean")
+    for shape in SHAPES:
+        logits, previous = torch.randn(shape, requires_grad=True), torch.rand(shape[0], shape[2], requires_grad=True)
+        weights, gone = monotonic.run(logits, previous)
+        torch.autograd.grad(weights.sum() + gone.sum(), (logits, previous))
+    print("monotonic is clean")
 
 
 if __name__ == "__main__":

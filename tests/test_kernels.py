@@ -6,19 +6,21 @@ import multiprocessing
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from oracle import CASES, EPS, Case, check, inputs, mask_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
-from regard import functional, kernels
+from regard import functional, kernels, scores
 from regard.kernels import cpu, ops
-from regard.problem import Problem
-from regard.reference import AdditivePair, L1Pair, Pair
+from regard.problem import Problem, Shift
+from regard.reference import AdditivePair, L1Pair, Pair, activate
 
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="regard was installed without its C++ library")
 LEVELS: tuple[str, ...] = cpu.LEVELS if cpu.LIBRARY is not None else ()
@@ -375,6 +377,325 @@ def test_shared_keys_are_laid_out_once_and_summed() -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# --- Keys that are moved for one query.
+
+
+class Moved(NamedTuple):
+    """What `regard::shifted_scores` takes, and what it is to give."""
+
+    query: Tensor
+    key: Tensor
+    v: Tensor
+    activation: str
+    negative_slope: float
+    features: Tensor
+    weight: Tensor
+
+    def scores(self) -> Tensor:
+        return torch.ops.regard.shifted_scores(*self)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.query, self.key, self.v, self.features, self.weight]
+
+    def of(self, leaves: Sequence[Tensor]) -> Moved:
+        query, key, v, features, weight = leaves
+        return self._replace(query=query, key=key, v=v, features=features, weight=weight)
+
+    def differentiable(self) -> Moved:
+        return self.of([x.detach().requires_grad_() for x in self.leaves()])
+
+    def double(self) -> Moved:
+        return self.of([x.detach().double().requires_grad_() for x in self.leaves()])
+
+    def reference(self) -> Tensor:
+        pair = ops.Sides(*self[:5]).pair()
+        return pair(self.query, Shift(self.features, self.weight).of(self.key))
+
+    def within_the_budget(self, found: Tensor) -> bool:
+        """Whether scores are those of float64, to the rounding of each activation and of what is summed before it."""
+        exact = self.double()
+        a, b, moves = exact.query, exact.key, exact.features @ exact.weight.mT
+        x = (a + b + moves).detach().requires_grad_()
+        pair = ops.Sides(a, b, exact.v, self.activation, self.negative_slope).pair()
+        assert isinstance(pair, AdditivePair)
+        terms = activate(pair, x) * pair.v.squeeze(-2)
+        (slopes,) = torch.autograd.grad(terms.sum(), x)
+        summed = (a + b).abs() + exact.features.abs() @ exact.weight.mT.abs()
+        budget = 4 * EPS * (1 + pair.v.squeeze(-2).abs() + slopes.abs() * summed).sum(-1)
+        return bool(((found.double() - terms.sum(-1).unsqueeze(-2)).abs() <= budget.unsqueeze(-2)).all())
+
+
+def moved(
+    heads: int = 1,
+    keys: int = 17,
+    hidden: int = 16,
+    channels: int = 32,
+    activation: str = "tanh",
+    size: float = 1.0,
+    offset: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Moved:
+    torch.manual_seed(0)
+    query = (torch.randn(2, heads, 1, hidden) * size + offset).to(dtype)
+    key = (torch.randn(2, heads, keys, hidden) * size - offset).to(dtype)
+    features = torch.randn(2, heads, channels, keys).to(dtype).mT  # as a convolution leaves them
+    weight = (torch.randn(heads, hidden, channels) / max(1, channels) ** 0.5).to(dtype).expand(2, -1, -1, -1)
+    slope = 0.3 if activation == "leaky_relu" else 0.0
+    return Moved(query, key, torch.randn(heads, hidden), activation, slope, features, weight)
+
+
+ACTIVATIONS = ["tanh", "sigmoid", "relu", "leaky_relu"]
+MOVED_SHAPES = [  # heads, keys, hidden, channels
+    (1, 1, 1, 1),
+    (1, 17, 16, 32),
+    (3, 25, 17, 33),
+    (2, 48, 130, 5),
+    (2, 23, 64, 1),
+    (1, 1000, 256, 32),
+    (2, 9, 80, 3),
+    (2, 0, 8, 3),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", MOVED_SHAPES, ids=str)
+def test_moved_keys_are_scored_rightly(shape: tuple[int, int, int, int], activation: str, level: str) -> None:
+    given = moved(*shape, activation)
+    assert given.within_the_budget(given.scores())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [0.5, 6.0, 50.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+def test_moved_keys_of_every_range(activation: str, size: float, offset: float, level: str) -> None:
+    given = moved(2, 300, 40, 8, activation, size, offset)
+    found = given.scores()
+    assert given.within_the_budget(found)
+    if activation in ("tanh", "sigmoid"):  # and no further than keys that stay where they are
+        exact = given.double().reference().detach()
+        assert float((found - exact).abs().max()) <= 4 * EPS * (1 + float(given.v.abs().sum(-1).max()))
+
+
+@pytest.mark.parametrize("fault", ["a channel", "a key", "a unit", "a head"])
+def test_a_fault_in_moved_keys_is_caught(fault: str) -> None:
+    given = moved(heads=2, keys=25, hidden=17, channels=33)
+    query, key, v, features, weight = given.leaves()
+    features, key = features.clone(), key.clone()
+    match fault:
+        case "a channel":
+            features[..., -1] = 0
+        case "a key":
+            features[..., -1, :] = features[..., -2, :]
+        case "a unit":
+            key[..., -1] = 0
+        case "a head":
+            v = v.flip(0)
+    assert not given.within_the_budget(given.of([query, key, v, features, weight]).scores())
+
+
+def test_error_of_moved_keys_is_that_of_plain_float32(level: str) -> None:
+    errors = []
+    for hidden in (16, 128, 256):
+        for size in (0.3, 1.0, 3.0):
+            given = moved(keys=70, hidden=hidden, size=size)
+            exact = given.double().reference()
+            errors.append(torch.stack([(s - exact).square().mean() for s in (given.scores(), given.reference())]))
+    ours, naive = torch.stack(errors).mean(0).sqrt().tolist()
+    assert ours <= 3 * naive
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moved_keys_of_half_precision_are_widened(dtype: torch.dtype, activation: str, level: str) -> None:
+    given = moved(3, 25, 70, 9, activation, dtype=dtype)
+    found = given.scores()
+    assert found.dtype == torch.float32
+    assert given.within_the_budget(found)
+    given = given.differentiable()
+    ours = torch.autograd.grad(given.scores().square().sum(), given.leaves())
+    exact = given.double()
+    true = torch.autograd.grad(exact.reference().square().sum(), exact.leaves())
+    for gradient, right, x in zip(ours, true, given.leaves(), strict=True):
+        assert gradient.dtype == x.dtype
+        assert float((gradient - right).abs().max()) <= 4 * torch.finfo(x.dtype).eps * float(right.abs().max()) + 1e-4
+
+
+def test_moved_keys_of_any_layout(level: str) -> None:
+    given = moved(2, 25, 70, 9)
+    query, key, v, features, weight = given.leaves()
+    laid = [query.mT.contiguous().mT, key.mT.contiguous().mT, v.mT.contiguous().mT]
+    wide = torch.randn(2, 2, 25, 3 * 9)
+    wide[..., ::3] = features
+    laid += [wide[..., ::3], weight.mT.contiguous().mT]
+    assert given.of(laid).scores().equal(given.scores())
+
+
+def test_what_is_not_finite_moves_its_own_keys(level: str) -> None:
+    given = moved(keys=25)
+    given.key[0, 0, 3, 5], given.features[0, 0, 24, 2] = torch.nan, torch.nan
+    lost = given.scores().isnan().nonzero().tolist()
+    assert lost == [[0, 0, 0, 3], [0, 0, 0, 24]]
+
+
+def moved_gradients(given: Moved) -> tuple[Tensor, ...]:
+    direction = torch.randn(2, *given.query.shape[1:3], given.key.shape[2], generator=torch.Generator().manual_seed(1))
+    scores = given.scores() if given.key.dtype == torch.float32 else given.reference()
+    return torch.autograd.grad((scores * direction).sum(), given.leaves(), create_graph=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", MOVED_SHAPES, ids=str)
+def test_gradients_of_moved_keys(shape: tuple[int, int, int, int], activation: str, level: str) -> None:
+    given = moved(*shape, activation).differentiable()
+    for ours, true in zip(moved_gradients(given), moved_gradients(given.double()), strict=True):
+        largest = float(true.detach().abs().max()) if true.numel() else 0.0
+        torch.testing.assert_close(ours.double(), true, atol=2e-5 + 2e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_of_moved_keys(activation: str) -> None:
+    given = moved(2, 5, 6, 3, activation).differentiable()
+    results = []
+    for each in (given, given.double()):
+        energy = torch.stack([gradient.square().sum() for gradient in moved_gradients(each)]).sum()
+        results.append(torch.autograd.grad(energy, each.leaves(), materialize_grads=True))
+    for ours, true in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=1e-4 * float(true.abs().max()) + 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_operator_of_moved_keys_is_registered_rightly(activation: str) -> None:
+    given = moved(2, 9, 8, 3, activation).differentiable()
+    torch.library.opcheck(torch.ops.regard.shifted_scores.default, tuple(given))
+    queries = torch.randn(4, *given.query.shape)
+    each = torch.vmap(lambda query: given._replace(query=query).scores())(queries)
+    assert each.equal(torch.stack([given._replace(query=query).scores() for query in queries]))
+
+
+def test_frozen_inputs_of_moved_keys_get_no_gradient() -> None:
+    given = moved()
+    weight = given.weight.detach().requires_grad_()
+    given._replace(weight=weight).scores().sum().backward()
+    assert weight.grad is not None
+    assert [x.grad for x in given.leaves()] == [None] * 5
+
+
+def test_every_number_of_threads_moves_keys_alike() -> None:
+    given, before, results = moved(3, 500, 40, 8), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(given.scores())
+    finally:
+        torch.set_num_threads(before)
+    assert results[1].equal(results[0])
+    assert results[2].equal(results[0])
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def step(
+    score: regard.Score, queries: int = 1, dtype: torch.dtype = torch.float32, channels: int = 4
+) -> tuple[Tensor, Tensor, list[str]]:
+    """The scores of a memory's keys that are moved, what they are by the composition, and what ran."""
+    torch.manual_seed(0)
+    score = score.to(dtype)
+    query, key = torch.randn(3, queries, 6, dtype=dtype), torch.randn(3, 19, 6, dtype=dtype)
+    memory = regard.Memory(score, key, key, regard.Lengths(torch.tensor([19, 0, 7])))
+    keys = score.project_key(key)
+    weight = torch.randn(keys.shape[-1], channels, dtype=dtype)
+    shift = Shift(torch.randn(*keys.shape[:-1], channels, dtype=dtype), weight)
+    with Called() as called:
+        found = memory.scores(query, shift=shift)
+    true = score.pair()(score.project_query(query), shift.of(keys))
+    return found, true.masked_fill(~memory.visible().unsqueeze(-2), -torch.inf), called.names
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_memory_of_one_query_moves_keys_by_the_operator(activation: scores.Activation, heads: int) -> None:
+    found, true, names = step(regard.Additive(6, 6, 8, heads=heads, activation=activation))
+    assert "regard.shifted_scores.default" in names
+    torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("score", "queries", "dtype", "channels"),
+    [
+        (regard.Additive(6, 6, 8), 2, torch.float32, 4),
+        (regard.Additive(6, 6, 8), 1, torch.float64, 4),
+        (regard.Additive(6, 6, 8), 1, torch.float32, 0),
+        (regard.Laplace(), 1, torch.float32, 4),
+        (regard.ScaledDot(), 1, torch.float32, 4),
+    ],
+    ids=["queries", "float64", "nothing", "l1", "dot"],
+)
+def test_other_keys_are_moved_before(score: regard.Score, queries: int, dtype: torch.dtype, channels: int) -> None:
+    found, true, names = step(score, queries, dtype, channels)
+    assert "regard.shifted_scores.default" not in names
+    torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
+
+
+def located() -> tuple[regard.LocationSensitive, regard.Memory, Tensor]:
+    torch.manual_seed(0)
+    x, score = torch.randn(2, 50, 8), regard.Additive(8, 8, 32)
+    with torch.no_grad():
+        memory = regard.Memory(score, x, x, regard.Lengths(torch.tensor([50, 20])))
+    return regard.LocationSensitive(32, filters=4, kernel_size=5, cumulative=True), memory, torch.randn(2, 3, 8)
+
+
+def test_steps_compiled_whole_move_keys_by_the_operator() -> None:
+    torch._dynamo.reset()
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        ran.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    attention, memory, queries = located()
+    compiled = torch.compile(lambda queries: attention(queries, memory).context, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(queries), attention(queries, memory).context)
+    assert sum("regard.shifted_scores" in target for target in ran) == 3
+
+
+def test_transforms_move_keys_by_the_reference() -> None:
+    attention, memory, queries = located()
+    leaf = queries.clone().requires_grad_()
+    (true,) = torch.autograd.grad(attention(leaf, memory).context.square().sum(), leaf)
+    found = torch.func.grad(lambda queries: attention(queries, memory).context.square().sum())(queries)
+    torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-4)
+
+
+def kept(steps: int) -> int:
+    """Bytes that backward through so many steps keeps."""
+    attention, memory, _ = located()
+    storages = dict[int, torch.UntypedStorage]()
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention(torch.randn(2, steps, 8), memory)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_step_keeps_no_moved_keys_for_backward() -> None:
+    assert (kept(20) - kept(10)) / 10 < 2 * 50 * 32 * 4 / 2  # half of the projected keys
 
 
 # --- Dropout.

@@ -39,6 +39,7 @@ def build(sources: Path, levels: Iterable[str], folder: Path) -> Path:
         objects = list(pool.map(compiled, levels))
     dispatch = ["-DREGARD_X86"] if len(objects) > 1 else []
     objects.append(compile_to(folder / "regard.o", sources / "regard.cpp", dispatch))
+    objects.append(compile_to(folder / "monotonic.o", sources / "monotonic.cpp", []))
     library = folder / "libregard_kernels.so"
     subprocess.run([str(COMPILER), *FLAGS, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from regard.decoding.memory import Memory
-from regard.decoding.step import Step, Stepwise, of_keys, zeros
+from regard.decoding.step import Step, Stepwise, checked, of_keys, zeros
 from regard.problem import Shift
 
 
@@ -25,7 +26,7 @@ class LocationSensitive(Stepwise[Looked]):
 
     With an additive score this is v · tanh(W_q q + W_k k_j + U f_j): Chorowski et al. 2015, "Attention-Based Models
     for Speech Recognition". Weights are what the memory's normalizer makes of the scores; `Sigmoid()` is their
-    smoothing, but for the division by the sum.
+    smoothing, but for the division by the sum. A hidden key is a place between those beside it, of weight 0.
 
     Args:
         key_dim: the size of the memory's projected keys: hidden_dim of `Additive`, the keys' own of `Dot`.
@@ -63,8 +64,15 @@ class LocationSensitive(Stepwise[Looked]):
     def step(self, query: Tensor, memory: Memory, state: Looked) -> Step:
         """One query of each sample, (..., Dq)."""
         last, total = of_keys(memory, state.weights), of_keys(memory, state.total)
-        seen = torch.stack([last, total] if self.cumulative else [last], -2)
-        flat = seen.reshape(-1, *seen.shape[-2:]).to(self.filters.weight.dtype)
-        features = self.filters(flat).mT.reshape(*last.shape, -1)
-        weights = memory.normalizer(memory.scores(query, shift=Shift(features, self.U.weight)))
+        shift = Shift(self.features(torch.stack([last, total] if self.cumulative else [last], -1)), self.U.weight)
+        weights = memory.normalizer(memory.scores(checked(query, memory, "Dq"), shift=shift))
         return Step(memory.read(weights), weights, Looked(weights, total + weights))
+
+    def features(self, seen: Tensor) -> Tensor:
+        """(..., Lk, filters) of what each key was given (..., Lk, 1 or 2)."""
+        # Pixels in one row, channels last, so that the features of each key lie side by side; and one more, as no key
+        # at all is no picture.
+        pixels = F.pad(seen.reshape(seen.shape[:-2].numel(), 1, *seen.shape[-2:]), (0, 0, 0, 1)).movedim(-1, 1)
+        filters, padding = self.filters.weight.unsqueeze(-2), (0, self.filters.kernel_size[0] // 2)
+        rows = F.conv2d(pixels.to(filters.dtype), filters, padding=padding)[..., :-1].movedim(1, -1)
+        return rows.reshape(*seen.shape[:-1], self.filters.out_channels)

@@ -35,7 +35,7 @@ SCORES = {
 VARIANTS = {  # of attention, all by the additive score
     "location": lambda hidden: regard.LocationSensitive(key_dim=hidden // 2, filters=8, kernel_size=5),
     "coverage": lambda hidden: regard.Coverage(key_dim=hidden // 2),
-    "monotonic": lambda hidden: regard.Monotonic(),
+    "monotonic": lambda hidden: regard.Monotonic(noise=1.0),
     "local": lambda hidden: regard.LocalPredictive(hidden, hidden // 2, window=3),
     "hard": lambda hidden: regard.HardAttention(straight_through=1.0),
 }

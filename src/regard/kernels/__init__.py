@@ -90,6 +90,4 @@ def scored(problem: Problem) -> Problem:
 
 def scores(problem: Problem, shift: Shift | None = None) -> Tensor:
     """(*leading, Lq, Lk): the bare scores, −inf where nothing may be attended, of keys that `shift` moves."""
-    if shift is not None:
-        problem = problem._replace(key=shift.of(problem.key), prepared=None)
-    return scored(problem).scores()
+    return (scored(problem) if shift is None else cpu.shifted(problem, shift)).scores()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import partial
 from importlib.resources import files
 from math import ceil
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from regard.kernels import ops
 from regard.normalizers import Softmax
-from regard.problem import Problem
+from regard.problem import Problem, Shift
 from regard.reference import AdditivePair, L1Pair, Pair
+from regard.transforms import transforming
 
 NAME = {"win32": "regard_kernels.dll", "darwin": "libregard_kernels.dylib"}.get(sys.platform, "libregard_kernels.so")
 LEVELS = ("baseline", "avx2", "avx512")
@@ -73,6 +75,28 @@ def scored(problem: Problem) -> Problem:
     return problem._replace(pair=fused)
 
 
+def refuses_shifted(problem: Problem, shift: Shift) -> str | None:
+    """Why it will not compute the bare scores of keys while it moves them."""
+    if type(problem.pair) is not AdditivePair:
+        return "it moves keys for additive scores only"
+    if problem.queries != 1:
+        return f"it moves keys for one query, not for {problem.queries}"
+    if shift.features.shape[-1] == 0:
+        return "there is nothing to move keys by"
+    if shift.features.dtype not in DTYPES or shift.weight.dtype not in DTYPES:
+        return f"it computes in float32, not {torch.promote_types(shift.features.dtype, shift.weight.dtype)}"
+    if transforming():
+        return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
+    return refuses_scores(problem)
+
+
+def shifted(problem: Problem, shift: Shift) -> Problem:
+    """The problem of moved keys, its scores computed here, if it is one of those."""
+    if refuses_shifted(problem, shift) is not None:
+        return scored(problem._replace(key=shift.of(problem.key), prepared=None))
+    return problem._replace(pair=partial(ops.shifted_scores, shift, problem.pair))
+
+
 # --- The library.
 
 
@@ -109,7 +133,10 @@ class _Problem(ctypes.Structure):
         (_I, "first_row"),
         (ctypes.c_uint64, "dropped_below"),
         (_F, "kept_factor"),
-        (_P, "scores grad_out grad_lse grad_scores grad_query grad_key grad_value grad_v"),
+        (_P, "scores"),
+        (_I, "channels"),
+        (_Tensor, "features weight"),
+        (_P, "grad_out grad_lse grad_scores grad_query grad_key grad_value grad_v"),
     )
 
 
@@ -143,7 +170,7 @@ LIBRARY = None if (_path := find()) is None else load(_path)
 
 def level(force: str | None = None) -> str:
     """The instruction set in use, of LEVELS; after `force`, the lower of that and the processor's best."""
-    library = _library()
+    library = installed()
     if force is not None:
         library.regard_set_level(LEVELS.index(force))
     return library.regard_level_name().decode()
@@ -152,7 +179,7 @@ def level(force: str | None = None) -> str:
 def paths() -> tuple[int, int, int]:
     """How many groups of hidden units, in how many tiles, ran fast, capped and directly so far: see csrc/pairs.hpp."""
     fast, capped, direct = ctypes.c_int64(), ctypes.c_int64(), ctypes.c_int64()
-    _library().regard_paths(ctypes.byref(fast), ctypes.byref(capped), ctypes.byref(direct))
+    installed().regard_paths(ctypes.byref(fast), ctypes.byref(capped), ctypes.byref(direct))
     return fast.value, capped.value, direct.value
 
 
@@ -194,9 +221,21 @@ def _scores(*given: Any) -> Tensor:
 
 def _scores_backward(*given: Any) -> tuple[Tensor, ...]:
     sides, grad = ops.Sides(*given[:-1]), given[-1].float().contiguous()
+    if not grad.numel():
+        grad = torch.empty(1)  # somewhere to point to, which says that these are gradients of scores
     problem = _problem(sides)
     problem.grad_scores = grad.data_ptr()
     return _gradients(problem, sides, sides.key[..., :0], True, False)[:3]
+
+
+def _shifted_scores(*given: Any) -> Tensor:
+    sides, (features, weight) = ops.Sides(*given[:-2]), given[-2:]
+    scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
+    problem = _problem(sides)
+    problem.channels, problem.features, problem.weight = features.shape[-1], _tensor(features), _tensor(weight)
+    problem.scores = scores.data_ptr()
+    _call("regard_shifted_scores", problem)
+    return scores
 
 
 def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = None, first: int = 0) -> Tensor:
@@ -207,7 +246,7 @@ def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = No
     sides = ops.lowered(pair, key, key)
     problem = _problem(sides)
     problem.keys = max(room, key.shape[2])
-    size = _library().regard_prepared_count(ctypes.byref(problem))
+    size = installed().regard_prepared_count(ctypes.byref(problem))
     problem.keys = key.shape[2]
     if prepared is None or prepared.shape[2] < size:
         prepared, first = torch.empty(*key.shape[:2], size), 0
@@ -280,14 +319,14 @@ def _tensor(x: Tensor) -> _Tensor:
     return _Tensor(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
 
 
-def _library() -> ctypes.CDLL:
+def installed() -> ctypes.CDLL:
     if LIBRARY is None:
         raise RuntimeError("the C++ library of regard is not installed")
     return LIBRARY
 
 
 def _call(name: str, problem: _Problem, *more: ctypes.c_int64) -> None:
-    if _library()[name](ctypes.byref(problem), *more):
+    if installed()[name](ctypes.byref(problem), *more):
         raise MemoryError(f"{name} found no memory to work in")
 
 
@@ -295,3 +334,4 @@ ops.LIBRARY.impl("attend", _attend, "CPU")
 ops.LIBRARY.impl("attend_backward", _attend_backward, "CPU")
 ops.LIBRARY.impl("scores", _scores, "CPU")
 ops.LIBRARY.impl("scores_backward", _scores_backward, "CPU")
+ops.LIBRARY.impl("shifted_scores", _shifted_scores, "CPU")

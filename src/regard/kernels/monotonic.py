@@ -109,10 +109,10 @@ def _call(name: str, logits: Tensor, previous: Tensor, *more: Tensor) -> None:
     """Calls the function of csrc/monotonic.cpp, which wants 1 − p as exact as p."""
     tensors = [x.contiguous() for x in (logits.sigmoid(), logits.neg().sigmoid(), previous, *more)]
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
-    cpu._library()[name](*map(ctypes.c_int64, logits.shape), *pointers)
+    cpu.installed()[name](*map(ctypes.c_int64, logits.shape), *pointers)
 
 
-class _Monotonic(ops._Saving):
+class _Monotonic(ops.Saving):
     operator = torch.ops.regard.monotonic.default
     wants_results = True
 
@@ -123,13 +123,13 @@ class _Monotonic(ops._Saving):
         return tuple(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
-class _MonotonicBackward(ops._Saving):
+class _MonotonicBackward(ops.Saving):
     operator = torch.ops.regard.monotonic_backward.default
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (logits, previous, _, _, *grads), _ = _MonotonicBackward.saved(ctx)
-        by = ops._of_gradients(plain, (logits, previous), grads, (True, True), cotangents)
+        by = ops.of_gradients(plain, (logits, previous), grads, (True, True), cotangents)
         return *by[:2], None, None, *by[2:]
 
 
@@ -137,4 +137,4 @@ ops.LIBRARY.impl("monotonic", _monotonic, "CPU")
 ops.LIBRARY.impl("monotonic_backward", _monotonic_backward, "CPU")
 for _each in (_Monotonic, _MonotonicBackward):
     ops.LIBRARY.impl(_each.operator, _each.call, "Autograd")
-    torch.library.register_vmap(_each.operator, ops._one_by_one(_each.operator), lib=ops.LIBRARY)
+    torch.library.register_vmap(_each.operator, ops.one_by_one(_each.operator), lib=ops.LIBRARY)

@@ -1,4 +1,5 @@
-"""The operators behind the kernels, `regard::attend` and `regard::scores`: schemas, shapes, derivatives.
+"""The operators behind the kernels, `regard::attend`, `regard::scores` and `regard::shifted_scores`: schemas, shapes,
+derivatives.
 
 A backend registers what computes them on its device. Their gradients are operators in turn, whose own derivatives
 are the reference's. Tensors are (batch, heads, length, size); key and value may have fewer heads.
@@ -15,8 +16,8 @@ from torch import Tensor
 from regard.dropout import Dropout
 from regard.intervals import Bound, Diagonal, Interval, Intervals
 from regard.normalizers import Softmax
-from regard.problem import Problem, batch_heads
-from regard.reference import AdditivePair, L1Pair, Pair
+from regard.problem import Problem, Shift, batch_heads
+from regard.reference import AdditivePair, L1Pair, Pair, product, widened
 from regard.transforms import transforming
 
 LIBRARY = torch.library.Library("regard", "DEF")
@@ -31,6 +32,7 @@ LIBRARY.define(
     "bool by_value) -> (Tensor query, Tensor key, Tensor v, Tensor value)"
 )
 LIBRARY.define(f"scores({_SIDES}) -> Tensor")
+LIBRARY.define(f"shifted_scores({_SIDES}, Tensor features, Tensor weight) -> Tensor")
 LIBRARY.define(f"scores_backward({_SIDES}, Tensor grad) -> (Tensor query, Tensor key, Tensor v)")
 
 
@@ -131,12 +133,24 @@ def attend(problem: Problem, prepared: Tensor | None = None) -> tuple[Tensor, Te
 
 def scores(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
     """pair(a, b), by the operator."""
-    leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if isinstance(pair, AdditivePair) and pair.v.dim() > 2:
-        leading = torch.broadcast_shapes(leading, pair.v.shape[:-3])
+    leading = _leading(pair, a, b)
     laid = _with_batch(leading, pair)
     s = torch.ops.regard.scores.default(*lowered(pair, batch_heads(a, laid), batch_heads(b, laid)))
     return s.reshape(*leading, *s.shape[-2:])
+
+
+def shifted_scores(shift: Shift, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
+    """pair(a, shift.of(b)) of an additive pair and one query a, by the operator."""
+    leading = _leading(pair, a, b, shift.features)
+    laid = _with_batch(leading, pair)
+    a, b, features, weight = (batch_heads(x, laid) for x in (a, b, *shift))
+    s = torch.ops.regard.shifted_scores.default(*lowered(pair, a, b), features, weight)
+    return s.reshape(*leading, *s.shape[-2:])
+
+
+def _leading(pair: Pair, *sides: Tensor) -> tuple[int, ...]:
+    heads = pair.v.shape[:-3] if isinstance(pair, AdditivePair) and pair.v.dim() > 2 else ()
+    return torch.broadcast_shapes(heads, *(x.shape[:-2] for x in sides))
 
 
 def _with_batch(leading: tuple[int, ...], pair: Pair) -> tuple[int, ...]:
@@ -191,6 +205,12 @@ def _(*given: Any) -> Tensor:
     return sides.query.new_empty(*sides.query.shape[:-1], sides.key.shape[-2], dtype=torch.float32)
 
 
+@torch.library.register_fake("regard::shifted_scores", lib=LIBRARY)
+def _(*given: Any) -> Tensor:
+    sides = Sides(*given[:-2])
+    return sides.query.new_empty(*sides.query.shape[:-1], sides.key.shape[-2], dtype=torch.float32)
+
+
 @torch.library.register_fake("regard::scores_backward", lib=LIBRARY)
 def _(*given: Any) -> tuple[Tensor, ...]:
     return gradients_of(Sides(*given[:-1]), True)
@@ -210,7 +230,7 @@ def gradient_of(x: Tensor, wanted: bool) -> Tensor:
 # --- Derivatives. Each operator calls itself again below autograd, and saves all it was given.
 
 
-class _Saving(torch.autograd.Function):
+class Saving(torch.autograd.Function):
     """An operator whose inputs are kept for its derivative, and its results if that wants them."""
 
     operator: Any
@@ -240,7 +260,7 @@ class _Saving(torch.autograd.Function):
         return given, saved[count:]
 
 
-class _Attend(_Saving):
+class _Attend(Saving):
     operator = torch.ops.regard.attend.default
     wants_results = True
 
@@ -255,7 +275,7 @@ class _Attend(_Saving):
         return *(found.get(name) if need else None for name, need in needed.items()), None
 
 
-class _AttendBackward(_Saving):
+class _AttendBackward(Saving):
     operator = torch.ops.regard.attend_backward.default
 
     @staticmethod
@@ -272,14 +292,14 @@ class _AttendBackward(_Saving):
 
         wanted = (by_sides, by_sides, by_sides, by_value)
         inputs = (sides.query, sides.key, sides.v, rest.value)
-        query, key, v, value, grad_out, grad_lse = _of_gradients(
+        query, key, v, value, grad_out, grad_lse = of_gradients(
             compute, inputs, (grad_out, grad_lse), wanted, cotangents
         )
         blanks = [None] * (len(given) - 10)
         return query, key, v, None, None, value, *blanks, grad_out, grad_lse, None, None
 
 
-class _Scores(_Saving):
+class _Scores(Saving):
     operator = torch.ops.regard.scores.default
 
     @staticmethod
@@ -289,7 +309,30 @@ class _Scores(_Saving):
         return *(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False)), None, None
 
 
-class _ScoresBackward(_Saving):
+class _ShiftedScores(Saving):
+    """Its derivative moves all keys at once; what is kept for it is of the features' size, however many steps."""
+
+    operator = torch.ops.regard.shifted_scores.default
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given, _ = _ShiftedScores.saved(ctx)
+        sides, (features, weight) = Sides(*given[:-2]), given[-2:]
+        key = widened(sides.key) + product(widened(features), widened(weight).mT)
+        query, moved, v = _ScoresBackward.call(*sides._replace(key=key), *grads)
+        needed = ctx.needs_input_grad
+        return (
+            query if needed[0] else None,
+            moved.to(sides.key.dtype) if needed[1] else None,
+            v if needed[2] else None,
+            None,
+            None,
+            product(moved, widened(weight)).to(features.dtype) if needed[5] else None,
+            product(moved.mT, widened(features)).to(weight.dtype) if needed[6] else None,
+        )
+
+
+class _ScoresBackward(Saving):
     operator = torch.ops.regard.scores_backward.default
 
     @staticmethod
@@ -300,11 +343,11 @@ class _ScoresBackward(_Saving):
         def compute(query: Tensor, key: Tensor, v: Tensor | None) -> tuple[Tensor]:
             return (sides._replace(v=v).pair()(query, key),)
 
-        query, key, v, grad = _of_gradients(compute, sides[:3], (grad,), (True,) * 3, cotangents)
+        query, key, v, grad = of_gradients(compute, sides[:3], (grad,), (True,) * 3, cotangents)
         return query, key, v, None, None, grad
 
 
-def _of_gradients(
+def of_gradients(
     compute: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor],
@@ -334,7 +377,7 @@ def _of_gradients(
 # --- Registration.
 
 
-def _one_by_one(operator: Any) -> Callable[..., Any]:
+def one_by_one(operator: Any) -> Callable[..., Any]:
     """vmap of an operator, as a loop."""
 
     def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> tuple[Any, Any]:
@@ -349,6 +392,6 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-for _each in (_Attend, _AttendBackward, _Scores, _ScoresBackward):
+for _each in (_Attend, _AttendBackward, _Scores, _ShiftedScores, _ScoresBackward):
     LIBRARY.impl(_each.operator, _each.call, "Autograd")
-    torch.library.register_vmap(_each.operator, _one_by_one(_each.operator), lib=LIBRARY)
+    torch.library.register_vmap(_each.operator, one_by_one(_each.operator), lib=LIBRARY)
