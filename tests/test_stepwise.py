@@ -258,8 +258,6 @@ def test_a_ragged_batch_is_each_sample_alone(name: str, visible: Tensor) -> None
     leaves, of_batch = [query, key, value], gradients(batch, [query])[0]
     assert of_batch.isfinite().all()
     for n, seen in enumerate(visible):
-        if not seen.any():
-            continue
         alone = attention(query[n], memory_of(key[n, seen], value[n, seen], score))
         assert_close(batch.context[n], alone.context)
         assert_close(batch.weights[n][:, seen], alone.weights)
@@ -271,13 +269,12 @@ def test_a_ragged_batch_is_each_sample_alone(name: str, visible: Tensor) -> None
 @each_variant
 def test_a_memory_may_begin_without_keys(name: str) -> None:
     attention, query, key = made(name), torch.randn(BATCH, QUERIES, DIM), torch.randn(BATCH, KEYS, DIM)
-    with torch.no_grad():
-        none = memory_of(key[:, :0], key[:, :0], additive())
-        step = attention(query, none)
-        assert step.weights.shape == (BATCH, QUERIES, 0)
-        assert step.context.equal(torch.zeros(BATCH, QUERIES, DIM))
-        then = attention.step(query[:, 0], none.append(key, key), step.state)
-        assert then.weights.gt(0).any(-1).eq(name not in ENDING).all()
+    none = memory_of(key[:, :0], key[:, :0], additive())
+    step = attention(query, none)
+    assert step.weights.shape == (BATCH, QUERIES, 0)
+    assert step.context.equal(torch.zeros(BATCH, QUERIES, DIM))
+    then = attention.step(query[:, 0], none.append(key, key), step.state)
+    assert then.weights.gt(0).any(-1).eq(name not in ENDING).all()
 
 
 # --- Any score, and any shape.
