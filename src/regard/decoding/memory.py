@@ -483,6 +483,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
     """What two shapes broadcast to, or None."""
+    if a == b:
+        return tuple(a)
     try:
         return tuple(torch.broadcast_shapes(a, b))
     except RuntimeError:

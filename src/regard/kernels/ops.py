@@ -149,8 +149,10 @@ def shifted_scores(shift: Shift, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _leading(pair: Pair, *sides: Tensor) -> tuple[int, ...]:
-    heads = pair.v.shape[:-3] if isinstance(pair, AdditivePair) and pair.v.dim() > 2 else ()
-    return torch.broadcast_shapes(heads, *(x.shape[:-2] for x in sides))
+    shapes = {x.shape[:-2] for x in sides}
+    if isinstance(pair, AdditivePair) and pair.v.dim() > 2:
+        shapes.add(pair.v.shape[:-3])
+    return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)  # which takes longer than a small call
 
 
 def _with_batch(leading: tuple[int, ...], pair: Pair) -> tuple[int, ...]:
