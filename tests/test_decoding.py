@@ -206,6 +206,29 @@ def test_a_shift_moves_the_projected_keys(name: str) -> None:
     assert_close(found, true.masked_fill(~memory.visible(), -torch.inf))
 
 
+@pytest.mark.parametrize("hidden", [8, 70])
+@pytest.mark.parametrize(
+    ("features", "weight", "said"),
+    [
+        ((BATCH, KEYS, 3), (4, 3), f"shift moves {KEYS} keys of size 4; here are {KEYS} of size"),
+        ((BATCH, KEYS, 3), (71, 3), f"shift moves {KEYS} keys of size 71; here are {KEYS} of size"),
+        ((BATCH, KEYS - 1, 3), (None, 3), f"shift moves {KEYS - 1} keys of size"),
+        ((BATCH + 1, KEYS, 3), (None, 3), rf"features \({BATCH + 1}, {KEYS}, 3\) .* \({BATCH}, {KEYS}, 3\)"),
+        ((2, BATCH, KEYS, 3), (None, 3), r"shift has features \(2, "),
+        ((BATCH, KEYS, 3), (None, 2), "shift has features .* fit"),
+        ((BATCH, KEYS, 3), (2, None, 3), r"shift has features .* weight \(2, "),
+    ],
+)
+def test_a_shift_that_does_not_fit_is_refused(
+    features: tuple[int, ...], weight: tuple[int | None, ...], said: str, hidden: int
+) -> None:
+    x = torch.randn(BATCH, KEYS, DIM)
+    memory = regard.Memory(regard.Additive(DIM, DIM, hidden), x, x)
+    shift = Shift(torch.randn(features), torch.randn([hidden if n is None else n for n in weight]))
+    with pytest.raises(ValueError, match=said):
+        memory.scores(x[:, 0], shift=shift)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_of_half_precision_are_float32_and_what_is_read_is_not(dtype: torch.dtype) -> None:
     x = torch.randn(BATCH, KEYS, DIM, dtype=dtype)

@@ -220,11 +220,13 @@ def test_refuses_what_is_no_dictionary(
     text: str, said: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files["train"].write_text(text, encoding="utf-8")
-    refused(monkeypatch, capsys, said, "--train", files["train"], "--out", files["out"])
+    assert_refused(monkeypatch, capsys, said, "--train", files["train"], "--out", files["out"])
     assert not files["out"].exists()
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str, *arguments: object) -> None:
+def assert_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str, *arguments: object
+) -> None:
     assert called(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
     assert said in err
@@ -234,10 +236,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_refuses_files_that_cannot_be_read(
     files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(monkeypatch, capsys, "No such file", "--train", files["other"])
-    refused(monkeypatch, capsys, "No such file", "--train", files["train"], "--test", files["other"])
+    assert_refused(monkeypatch, capsys, "No such file", "--train", files["other"])
+    assert_refused(monkeypatch, capsys, "No such file", "--train", files["train"], "--test", files["other"])
     files["test"].write_bytes(b"CAF\xc9\tK AE F EY\n")
-    refused(monkeypatch, capsys, "not a text in UTF-8", "--train", files["train"], "--test", files["test"])
+    assert_refused(monkeypatch, capsys, "not a text in UTF-8", "--train", files["train"], "--test", files["test"])
 
 
 def test_refuses_a_checkpoint_of_something_else(
@@ -248,14 +250,14 @@ def test_refuses_a_checkpoint_of_something_else(
     capsys.readouterr()
     path = files["out"] / "small-0.pt"
     before = path.read_bytes()
-    refused(monkeypatch, capsys, f"{path} was learnt with epochs 3, not 4", *command, "--epochs", 4)
-    refused(monkeypatch, capsys, f"{path} was learnt with examples", *command, "--development", 1)
+    assert_refused(monkeypatch, capsys, f"{path} was learnt with epochs 3, not 4", *command, "--epochs", 4)
+    assert_refused(monkeypatch, capsys, f"{path} was learnt with examples", *command, "--development", 1)
     assert path.read_bytes() == before
     for content in b"", b"no checkpoint", before[:-100]:
         path.write_bytes(content)
-        refused(monkeypatch, capsys, f"{path} is not a checkpoint of this benchmark", *command)
+        assert_refused(monkeypatch, capsys, f"{path} is not a checkpoint of this benchmark", *command)
     torch.save({"something": 1}, path)
-    refused(monkeypatch, capsys, f"{path} is not a checkpoint of this benchmark", *command)
+    assert_refused(monkeypatch, capsys, f"{path} is not a checkpoint of this benchmark", *command)
 
 
 @pytest.mark.parametrize("wrong", [("--beam", 0), ("--epochs", "x"), ("--models", -1), ("--device", "abacus")])

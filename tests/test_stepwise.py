@@ -440,3 +440,12 @@ def test_errors_name_what_was_wrong(name: str) -> None:
     if any(x.shape[-1:] == (KEYS,) for x in state):
         with pytest.raises(ValueError, match="state is of 9 keys; this memory has 8"):
             attention.step(query[0], memory_of(key[:, :8], key[:, :8], additive()), state)
+
+
+@pytest.mark.parametrize("size", [7, 9])
+@pytest.mark.parametrize("name", ["location", "cumulative", "coverage"])
+def test_keys_of_another_size_are_refused(name: str, size: int) -> None:
+    attention, query, key = VARIANTS[name](size), torch.randn(BATCH, DIM), torch.randn(BATCH, KEYS, DIM)
+    memory = memory_of(key, key, additive())
+    with pytest.raises(ValueError, match=f"shift moves 9 keys of size {size}; here are 9 of size 8"):
+        attention.step(query, memory, attention.start(memory))

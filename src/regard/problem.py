@@ -197,9 +197,26 @@ class Shift(NamedTuple):
     features: Tensor  # f: (..., Lk, C)
     weight: Tensor  # U: (D, C), or (heads, D, C)
 
+    def check(self, key: Tensor, leading: tuple[int, ...]) -> None:
+        """ValueError where it does not fit keys (..., Lk, D), for samples and heads of these leading dimensions."""
+        (*samples, keys, channels), (*heads, size, columns) = self.features.shape, self.weight.shape
+        if (keys, size) != key.shape[-2:]:
+            fits = f"{key.shape[-2]} of size {key.shape[-1]}, as they are projected"
+            raise ValueError(f"shift moves {keys} keys of size {size}; here are {fits}")
+        if channels != columns or not all(
+            alike(part, leading[len(leading) - len(part) :]) for part in (samples, heads)
+        ):
+            shapes = f"features {tuple(self.features.shape)} and weight {tuple(self.weight.shape)}"
+            raise ValueError(f"shift has {shapes}; {(*leading, keys, columns)} and {(size, columns)} fit")
+
     def of(self, key: Tensor) -> Tensor:
         """The keys (..., Lk, D), moved."""
         return key + (self.features.to(self.weight.dtype) @ self.weight.mT).to(key.dtype)
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes of as many dimensions broadcast."""
+    return len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True))
 
 
 Indices = slice | Sequence[int]

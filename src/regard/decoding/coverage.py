@@ -32,7 +32,7 @@ class Coverage(Stepwise[Covered]):
         key_dim: the size of the memory's projected keys: hidden_dim of `Additive`, the keys' own of `Dot`.
 
     Raises:
-        ValueError: for a size that is not positive.
+        ValueError: for a size that is not positive; from a step, for keys of another size.
 
     >>> score, encoded = Additive(query_dim=6, key_dim=4, hidden_dim=8), torch.randn(2, 10, 4)
     >>> memory = Memory(score, encoded, encoded, Lengths(torch.tensor([3, 10])))

@@ -35,7 +35,8 @@ class LocationSensitive(Stepwise[Looked]):
         cumulative: whether they see the sum of all previous weights too, as in Tacotron 2 (Shen et al. 2018).
 
     Raises:
-        ValueError: for a size that is not positive, or a kernel_size that is not odd.
+        ValueError: for a size that is not positive, or a kernel_size that is not odd; from a step, for keys of another
+            size.
 
     >>> score, encoded = Additive(query_dim=6, key_dim=4, hidden_dim=8), torch.randn(2, 10, 4)
     >>> memory = Memory(score, encoded, encoded, Lengths(torch.tensor([3, 10])))

@@ -138,8 +138,10 @@ class Memory:
 
         `shift` moves the projected keys, in this step alone: score(q, k_j) becomes pair(W_q q, W_k k_j + U f_j) for
         features f_j of what was attended before. In float32 for half precision inputs; arguments and errors as in
-        `attend`.
+        `attend`; ValueError for a shift of other samples, or of keys of another number or size.
         """
+        if shift is not None:
+            shift.check(self._rows[0], self.whole)
         s = kernels.scores(self._problem(query, mask, dropout_p=0.0), shift)
         return s.squeeze(-2) if self._is_one(query) else s
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.decoding.memory import Memory
+from regard.problem import alike
 from regard.visible import blank
 
 S = TypeVar("S", bound=tuple[Any, ...])
@@ -38,10 +39,13 @@ class Stepwise(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def step(self, query: Tensor, memory: Memory, state: S) -> Step:
-        """One query of each sample, (..., Dq)."""
+        """One query of each sample, (..., Dq); ValueError where query or state does not fit the memory."""
 
     def forward(self, query: Tensor, memory: Memory, state: S | None = None) -> Step:
-        """A row of queries (..., Lq, Dq), one step after another: what `step` gives for each, and the last state."""
+        """A row of queries (..., Lq, Dq), one step after another: what `step` gives for each, and the last state.
+
+        ValueError where there is no query, or where query or state does not fit the memory.
+        """
         now = self.start(memory) if state is None else state
         contexts, weights = [], []
         for each in checked(query, memory, "Lq", "Dq").unbind(-2):
@@ -82,7 +86,7 @@ def of_keys(memory: Memory, history: Tensor, value: float = 0.0) -> Tensor:
 
 def check_samples(memory: Memory, leading: tuple[int, ...]) -> None:
     """ValueError where a state of these leading dimensions is not of the memory's samples."""
-    if not _alike(leading, memory.whole):
+    if not alike(leading, memory.whole):
         raise ValueError(f"state has leading dimensions {tuple(leading)}; for this memory they must be {memory.whole}")
 
 
@@ -90,14 +94,10 @@ def checked(query: Tensor, memory: Memory, *sizes: str) -> Tensor:
     """The query, of shape (..., *sizes), with zeros where it may attend nothing; else TypeError or ValueError."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query is a {type(query).__name__}; it must be a Tensor")
-    if not _alike(query.shape[: -len(sizes)], memory.leading) or query.dim() < len(sizes):
+    if not alike(query.shape[: -len(sizes)], memory.leading) or query.dim() < len(sizes):
         fits = ", ".join(map(str, (*memory.leading, *sizes)))
         raise ValueError(f"query has shape {tuple(query.shape)}; for this memory it must be ({fits})")
     seeing, heads = memory.seeing, memory.score.heads > 1
     if seeing is None:
         return query
     return blank(query, seeing, heads) if len(sizes) > 1 else blank(query.unsqueeze(-2), seeing, heads).squeeze(-2)
-
-
-def _alike(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True))
