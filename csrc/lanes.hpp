@@ -83,7 +83,7 @@ inline Lanes min(Lanes a, Lanes b) { return {_mm256_min_ps(a.x, b.x)}; }
 inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.x, b.x)}; }
 inline Lanes abs(Lanes a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.x)}; }
 inline Lanes round(Lanes a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Lanes times_two_to(Lanes a, Lanes k) {  // for k in -126 .. 127
+inline Lanes times_two_to(Lanes a, Lanes k) {  // for k in -126 .. 127, or NaN
     __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k.x), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(a.x, _mm256_castsi256_ps(bits))};
 }
@@ -146,10 +146,10 @@ inline Lanes min(Lanes a, Lanes b) { REGARD_EACH(a.x[n] < b.x[n] ? a.x[n] : b.x[
 inline Lanes max(Lanes a, Lanes b) { REGARD_EACH(a.x[n] > b.x[n] ? a.x[n] : b.x[n]); }
 inline Lanes abs(Lanes a) { REGARD_EACH(a.x[n] < 0 ? -a.x[n] : a.x[n]); }
 inline Lanes round(Lanes a) { REGARD_EACH((a.x[n] + 12582912.0f) - 12582912.0f); }  // 1.5 · 2^23, for |a| < 2^22
-inline Lanes times_two_to(Lanes a, Lanes k) {                                       // for k in -126 .. 127
+inline Lanes times_two_to(Lanes a, Lanes k) {                                       // for k in -126 .. 127, or NaN
     Lanes result;
     for (int n = 0; n < 4; ++n) {
-        int32_t bits = (static_cast<int32_t>(k.x[n]) + 127) << 23;
+        int32_t bits = (static_cast<int32_t>(k.x[n] < 127.0f ? k.x[n] : 127.0f) + 127) << 23;
         float power;
         std::memcpy(&power, &bits, 4);
         result.x[n] = a.x[n] * power;
@@ -194,7 +194,7 @@ inline Lanes exponential(Lanes x, Lanes rest) {
     const Lanes lowest = splat(-87.3365f), highest = splat(88.7228f);
     Lanes clamped = min(highest, max(lowest, x));
     Lanes k = round(clamped * splat(LOG2_E));
-    k = min(k, splat(127.0f));  // and a number, where x is none
+    k = min(k, splat(127.0f));
     Lanes f = fnma(k, splat(0.693145752f), clamped);
     f = fnma(k, splat(1.42860677e-6f), f) + rest;
     Lanes p = splat(1.97902453e-4f);  // (e^f - 1 - f) / f^2 for |f| < 0.347, within 2^-34 of e^f
@@ -210,18 +210,20 @@ inline Lanes exponential(Lanes x, Lanes rest) {
 
 inline Lanes exponential(Lanes x) { return exponential(x, splat(0.0f)); }
 
-// 2^x, and 2^-126 below that and inf above 2^128, to one unit in the last place: less work where x needs no `rest`.
-inline Lanes two_to(Lanes x) {
-    Lanes clamped = max(splat(-126.0f), x);
-    Lanes k = min(round(clamped), splat(127.0f));  // and a number, where x is none
-    Lanes f = clamped - k;
-    Lanes p = splat(1.53458119e-4f);  // within 2^-28 of 2^f for |f| < 0.5
-    p = fma(p, f, splat(1.33999314e-3f));
-    p = fma(p, f, splat(9.61848896e-3f));
-    p = fma(p, f, splat(5.55032878e-2f));
-    p = fma(p, f, splat(2.40226469e-1f));
-    p = fma(p, f, splat(6.93147206e-1f));
-    return times_two_to(fma(p, f, splat(1.0f)), k);
+// 2^x of N vectors, within 2^-23 of it, and 2^-126 below that and 2^60 above. Each step is done of all vectors before
+// the next, which has to wait for it.
+template <int N>
+inline void powers_of_two(Lanes (&x)[N]) {
+    Lanes k[N], p[N];
+    for (int n = 0; n < N; ++n) x[n] = max(splat(-126.0f), min(splat(60.0f), x[n]));
+    for (int n = 0; n < N; ++n) k[n] = round(x[n]);
+    for (int n = 0; n < N; ++n) x[n] = x[n] - k[n];
+    for (int n = 0; n < N; ++n) p[n] = fma(splat(1.32695551e-3f), x[n], splat(9.6712932e-3f));
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], x[n], splat(5.55071086e-2f));
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], x[n], splat(2.40222469e-1f));
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], x[n], splat(6.93147004e-1f));
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], x[n], splat(1.0f));
+    for (int n = 0; n < N; ++n) x[n] = times_two_to(p[n], k[n]);
 }
 
 }  // namespace

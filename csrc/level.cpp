@@ -109,12 +109,11 @@ int by_rows(const regard_problem& p, const regard_threads& threads, Compute comp
     return fine ? REGARD_OK : REGARD_NO_MEMORY;
 }
 
-// A unit of work is some keys of a map.
+// A unit of work is SHARE keys of a map.
 template <class Pair>
 int score_all_moved(const regard_problem& p, const regard_threads& threads) {
-    constexpr int64_t keys = 32 * MOVED;
-    const int64_t blocks = (p.keys + keys - 1) / keys;
-    Stage computing(p.outer * p.inner * blocks);
+    const int64_t shares = (p.keys + SHARE - 1) / SHARE;
+    Stage computing(p.outer * p.inner * shares);
     std::atomic<bool> fine{true};
     auto work = [&] {
         Shifted scratch;
@@ -123,12 +122,43 @@ int score_all_moved(const regard_problem& p, const regard_threads& threads) {
         int64_t read = -1;
         computing.run([&](int64_t n) {
             if (!fine) return;
-            const int64_t map = n / blocks, start = n % blocks * keys;
+            const int64_t map = n / shares, start = n % shares * SHARE;
             const Place at(p, map);
             if (read != map) read_map(p, at, scratch);
             read = map;
-            for (int64_t j = start; j < least(start + keys, p.keys); j += MOVED)
-                score_moved<Pair>(p, at, j, scratch, p.scores + map * p.keys + j);
+            if (p.filters) convolve(p, at, start, scratch);
+            for (int64_t j = start; j < least(start + SHARE, p.keys); j += MOVED)
+                score_moved<Pair>(p, at, start, j, scratch, p.scores + map * p.keys + j);
+        });
+    };
+    on_threads(threads, computing.count, work);
+    return fine ? REGARD_OK : REGARD_NO_MEMORY;
+}
+
+// A unit of work is a map.
+int read_all(const regard_problem& p, const regard_threads& threads) {
+    const Sizes sizes(p);
+    Stage computing(p.outer * p.inner);
+    std::atomic<bool> fine{true};
+    auto work = [&] {
+        float *values, *out;
+        Arena memory([&](Arena& its) {
+            values = its.take<float>(static_cast<int64_t>(TILE) * sizes.width), out = its.take<float>(sizes.width);
+        });
+        if (!memory) fine = false;
+        computing.run([&](int64_t map) {
+            if (!fine) return;
+            const Place at(p, map);
+            const float* weights = p.scores + map * p.keys;
+            std::memset(out, 0, sizeof(float) * static_cast<size_t>(sizes.width));
+            for (int tile = 0; tile < sizes.tiles; ++tile) {
+                const int64_t start = static_cast<int64_t>(tile) * TILE;
+                const int count = static_cast<int>(least<int64_t>(TILE, p.keys - start));
+                int64_t stride;
+                const float* rows = value_rows(p, sizes, at, tile, 0, count, values, stride);
+                product(weights + start, p.keys, 1, rows, stride, out, sizes.width, 1, sizes.width, count);
+            }
+            write_row(p.out, at.outer, at.inner, 0, static_cast<int>(p.width), out);
         });
     };
     on_threads(threads, computing.count, work);
@@ -280,6 +310,8 @@ int shifted_scores(const regard_problem* p, const regard_threads* threads) {
     }
 }
 
+int read(const regard_problem* p, const regard_threads* threads) { return read_all(*p, *threads); }
+
 int backward(const regard_problem* p, const regard_threads* threads) {
     return with_pair(*p, [&](auto pair) { return backward_all<decltype(pair)>(*p, *threads); });
 }
@@ -289,5 +321,5 @@ int backward(const regard_problem* p, const regard_threads* threads) {
 #define REGARD_NAMED(level) regard_##level
 #define REGARD_LEVEL_NAME(level) REGARD_NAMED(level)
 
-extern const regard_level REGARD_LEVEL_NAME(REGARD_LEVEL) = {prepared_count, prepare_keys,   forward,
-                                                             scores,         shifted_scores, backward};
+extern const regard_level REGARD_LEVEL_NAME(REGARD_LEVEL) = {prepared_count, prepare_keys, forward, scores,
+                                                             shifted_scores, read,         backward};

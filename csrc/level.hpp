@@ -18,6 +18,7 @@ struct regard_level {
     int (*forward)(const regard_problem*, const regard_threads*);
     int (*scores)(const regard_problem*, const regard_threads*);
     int (*shifted_scores)(const regard_problem*, const regard_threads*);
+    int (*read)(const regard_problem*, const regard_threads*);
     int (*backward)(const regard_problem*, const regard_threads*);
 };
 

@@ -5,7 +5,9 @@
 //   - what it makes of one side, once (`side`), of v (`constant`), and of a row's side and v (`row`);
 //   - `add`: what GROUP hidden units add to the scores of R rows and C vectors of keys (keys in the lanes);
 //   - `finish`: from that sum to the scores;
-//   - `slopes`: what 4 keys add to the gradients of one row (hidden units in the lanes).
+//   - `slopes`: what 4 keys add to the gradients of one row (hidden units in the lanes);
+//   - `add_activations`: what N vectors of hidden units add to the scores of R keys, of the sums of both sides (hidden
+//     units in the lanes).
 #pragma once
 
 #include "numeric.hpp"
@@ -73,8 +75,20 @@ struct Rational {
     // sum_v: Σ v over the hidden units that were summed; scale: the power of two that v was divided by.
     static Lanes finish(Lanes sum, float sum_v, float scale) { return fnma(splat(kappa * scale), sum, splat(sum_v)); }
 
-    static Lanes activation(Lanes x, float) {
-        return fnma(splat(kappa), splat(1.0f) / (splat(1.0f) + two_to(x * splat(kappa * LOG2_E))), splat(1.0f));
+    template <int R, int N>
+    static void add_activations(Lanes (&x)[R * N], const float* v, Lanes* sums, float) {
+        Lanes each[R * N / 2];  // of two hidden units, which share a reciprocal
+        for (int i = 0; i < R * N; ++i) x[i] = x[i] * splat(kappa * LOG2_E);
+        powers_of_two(x);
+        for (int i = 0; i < R * N; ++i) x[i] = splat(1.0f) + x[i];
+        for (int i = 0; i < R * N; i += 2) {
+            Lanes v0 = load(v + i % N * W), v1 = load(v + (i % N + 1) * W);
+            each[i / 2] = fma(v0, x[i + 1], v1 * x[i]) * reciprocal(x[i] * x[i + 1]);
+        }
+        for (int i = 0; i < R * N; i += 2) {
+            Lanes both = load(v + i % N * W) + load(v + (i % N + 1) * W);
+            sums[i / N] = sums[i / N] + fnma(splat(kappa), each[i / 2], both);
+        }
     }
 
     // With r = 1 / (1 + E F): activation' = κ² r (1 − r), and dv wants Σ G r.
@@ -110,8 +124,12 @@ struct Plain {
 
 // Σ v leaky(a + b), leaky(x) = max(x, 0) + slope · min(x, 0); slope 0 is relu.
 struct Rectified : Plain {
-    static Lanes activation(Lanes x, float slope) {
-        return fma(splat(slope), min(x, splat(0.0f)), max(splat(0.0f), x));
+    template <int R, int N>
+    static void add_activations(Lanes (&x)[R * N], const float* v, Lanes* sums, float slope) {
+        for (int i = 0; i < R * N; ++i) {
+            Lanes y = fma(splat(slope), min(x[i], splat(0.0f)), max(splat(0.0f), x[i]));
+            sums[i / N] = fma(load(v + i % N * W), y, sums[i / N]);
+        }
     }
 
     template <Path, int R, int C>

@@ -135,6 +135,12 @@ REGARD_EXPORT int regard_shifted_scores(const regard_problem* p) {
     return LEVELS[level]->shifted_scores(p, &sharing);
 }
 
+// p.out of one row of weights for each map.
+REGARD_EXPORT int regard_read(const regard_problem* p) {
+    const regard_threads sharing = threads();
+    return LEVELS[level]->read(p, &sharing);
+}
+
 REGARD_EXPORT int regard_backward(const regard_problem* p) {
     const regard_threads sharing = threads();
     return LEVELS[level]->backward(p, &sharing);

@@ -48,10 +48,14 @@ struct regard_problem {
     int64_t first_row;       // where row 0 stands in the whole problem
     uint64_t dropped_below;  // of 2^32
     float kept_factor;
-    float* scores;  // (outer, inner, queries, keys): written by regard_scores and regard_shifted_scores
-    // What moves the keys of regard_shifted_scores, key + weight · features.
-    int64_t channels;                // columns of both
-    regard_tensor features, weight;  // rows: keys; hidden
+    float* scores;  // (outer, inner, queries, keys): written by regard_scores and regard_shifted_scores, the weights of
+                    // regard_read
+    // What moves the keys of regard_shifted_scores, key + weight · features. These are what was seen of each key, or of
+    // the keys around it, Σ filters[channel][each][t] · seen[key + t − taps / 2][each], which is 0 beyond the keys.
+    int64_t channels;             // columns of the weight, (rows: hidden), and features
+    regard_tensor weight, seen;   // rows of the latter: keys
+    const float* filters;         // (channels, seen_channels, taps), or null
+    int64_t seen_channels, taps;  // taps are odd
     // Backward: gradients come contiguous in float32, and go so, one for each of (outer, inner).
     const float* grad_out;     // (outer, inner, queries, width)
     const float* grad_lse;     // (outer, inner, queries)

@@ -33,7 +33,7 @@ def main(path: str) -> None:
         for shape in MOVED_SHAPES:
             for activation in ACTIVATIONS:
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                    moved(*shape, activation, dtype=dtype).differentiable().scores().sum().backward()
+                    moved(*shape, activation=activation, dtype=dtype).differentiable().scores().sum().backward()
         for size in (1e4, 1e38, torch.inf, torch.nan):
             moved(2, 25, 70, 9, size=size).scores()
         prepared = cpu.prepare(AdditivePair(torch.randn(1, 37)), b[..., :9, :], room=300)

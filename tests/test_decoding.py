@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import IMPLEMENTATIONS, SCORES
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import regard
 from regard import kernels, scores
@@ -200,31 +201,45 @@ def test_a_shift_moves_the_projected_keys(name: str) -> None:
     memory = regard.Memory(score, key, key, mask_for("lengths", score))
     keys = score.project_key(key)
     features, weight = draw(*keys.shape[:-1], 3), draw(keys.shape[-1], 3)
-    found = memory.scores(query, shift=Shift(features, weight))
-    a = score.project_query(query.unsqueeze(-2))
-    true = score.pair()(a, keys + features @ weight.mT).squeeze(-2)
-    assert_close(found, true.masked_fill(~memory.visible(), -torch.inf))
+    seen, filters = draw(*keys.shape[:-1], 2), draw(3, 2, 5)
+    around = F.pad(seen, (0, 0, 2, 2)).unfold(-2, 5, 1)  # (..., Lk, 2, 5)
+    for shift, f in (
+        (Shift(features, weight), features),
+        (Shift(seen, weight, filters), torch.einsum("...jst,cst->...jc", around, filters)),
+    ):
+        found = memory.scores(query, shift=shift)
+        a = score.project_query(query.unsqueeze(-2))
+        true = score.pair()(a, keys + f @ weight.mT).squeeze(-2)
+        assert_close(found, true.masked_fill(~memory.visible(), -torch.inf))
 
 
 @pytest.mark.parametrize("hidden", [8, 70])
 @pytest.mark.parametrize(
-    ("features", "weight", "said"),
+    ("seen", "weight", "filters", "said"),
     [
-        ((BATCH, KEYS, 3), (4, 3), f"shift moves {KEYS} keys of size 4; here are {KEYS} of size"),
-        ((BATCH, KEYS, 3), (71, 3), f"shift moves {KEYS} keys of size 71; here are {KEYS} of size"),
-        ((BATCH, KEYS - 1, 3), (None, 3), f"shift moves {KEYS - 1} keys of size"),
-        ((BATCH + 1, KEYS, 3), (None, 3), rf"features \({BATCH + 1}, {KEYS}, 3\) .* \({BATCH}, {KEYS}, 3\)"),
-        ((2, BATCH, KEYS, 3), (None, 3), r"shift has features \(2, "),
-        ((BATCH, KEYS, 3), (None, 2), "shift has features .* fit"),
-        ((BATCH, KEYS, 3), (2, None, 3), r"shift has features .* weight \(2, "),
+        ((BATCH, KEYS, 3), (4, 3), None, f"shift moves {KEYS} keys of size 4; here are {KEYS} of size"),
+        ((BATCH, KEYS, 3), (71, 3), None, f"shift moves {KEYS} keys of size 71; here are {KEYS} of size"),
+        ((BATCH, KEYS - 1, 3), (None, 3), None, f"shift moves {KEYS - 1} keys of size"),
+        ((BATCH + 1, KEYS, 3), (None, 3), None, rf"seen \({BATCH + 1}, {KEYS}, 3\), .* \({BATCH}, {KEYS}, C\)"),
+        ((2, BATCH, KEYS, 3), (None, 3), None, r"shift has seen \(2, "),
+        ((BATCH, KEYS, 3), (None, 2), None, "shift has seen .* must be"),
+        ((BATCH, KEYS, 3), (2, None, 3), None, r"shift has seen .* weight \(2, "),
+        ((BATCH, KEYS, 2), (None, 3), (3, 2, 4), r"filters \(3, 2, 4\); .* K odd"),
+        ((BATCH, KEYS, 2), (None, 3), (3, 1, 5), r"filters \(3, 1, 5\)"),
+        ((BATCH, KEYS, 2), (None, 3), (2, 2, 5), r"filters \(2, 2, 5\)"),
     ],
 )
 def test_a_shift_that_does_not_fit_is_refused(
-    features: tuple[int, ...], weight: tuple[int | None, ...], said: str, hidden: int
+    seen: tuple[int, ...],
+    weight: tuple[int | None, ...],
+    filters: tuple[int, ...] | None,
+    said: str,
+    hidden: int,
 ) -> None:
     x = torch.randn(BATCH, KEYS, DIM)
     memory = regard.Memory(regard.Additive(DIM, DIM, hidden), x, x)
-    shift = Shift(torch.randn(features), torch.randn([hidden if n is None else n for n in weight]))
+    sizes = [hidden if n is None else n for n in weight]
+    shift = Shift(torch.randn(seen), torch.randn(sizes), None if filters is None else torch.randn(filters))
     with pytest.raises(ValueError, match=said):
         memory.scores(x[:, 0], shift=shift)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,18 +391,20 @@ class Moved(NamedTuple):
     v: Tensor
     activation: str
     negative_slope: float
-    features: Tensor
+    seen: Tensor
     weight: Tensor
+    filters: Tensor | None = None
 
     def scores(self) -> Tensor:
         return torch.ops.regard.shifted_scores(*self)
 
     def leaves(self) -> list[Tensor]:
-        return [self.query, self.key, self.v, self.features, self.weight]
+        filters = [] if self.filters is None else [self.filters]
+        return [self.query, self.key, self.v, self.seen, self.weight, *filters]
 
     def of(self, leaves: Sequence[Tensor]) -> Moved:
-        query, key, v, features, weight = leaves
-        return self._replace(query=query, key=key, v=v, features=features, weight=weight)
+        query, key, v, seen, weight, *filters = leaves
+        return Moved(query, key, v, self.activation, self.negative_slope, seen, weight, *filters)
 
     def differentiable(self) -> Moved:
         return self.of([x.detach().requires_grad_() for x in self.leaves()])
@@ -409,20 +412,22 @@ class Moved(NamedTuple):
     def double(self) -> Moved:
         return self.of([x.detach().double().requires_grad_() for x in self.leaves()])
 
+    def shift(self) -> Shift:
+        return Shift(self.seen, self.weight, self.filters)
+
     def reference(self) -> Tensor:
-        pair = ops.Sides(*self[:5]).pair()
-        return pair(self.query, Shift(self.features, self.weight).of(self.key))
+        return ops.Sides(*self[:5]).pair()(self.query, self.shift().of(self.key))
 
     def within_the_budget(self, found: Tensor) -> bool:
         """Whether scores are those of float64, to the rounding of each activation and of what is summed before it."""
         exact = self.double()
-        a, b, moves = exact.query, exact.key, exact.features @ exact.weight.mT
-        x = (a + b + moves).detach().requires_grad_()
+        a, b, shift = exact.query, exact.key, exact.shift()
+        x = (a + shift.of(b)).detach().requires_grad_()
         pair = ops.Sides(a, b, exact.v, self.activation, self.negative_slope).pair()
         assert isinstance(pair, AdditivePair)
         terms = activate(pair, x) * pair.v.squeeze(-2)
         (slopes,) = torch.autograd.grad(terms.sum(), x)
-        summed = (a + b).abs() + exact.features.abs() @ exact.weight.mT.abs()
+        summed = shift.each(torch.abs).of((a + b).abs())
         budget = 4 * EPS * (1 + pair.v.squeeze(-2).abs() + slopes.abs() * summed).sum(-1)
         return bool(((found.double() - terms.sum(-1).unsqueeze(-2)).abs() <= budget.unsqueeze(-2)).all())
 
@@ -432,37 +437,49 @@ def moved(
     keys: int = 17,
     hidden: int = 16,
     channels: int = 32,
+    around: tuple[int, int] | None = None,
+    *,
     activation: str = "tanh",
     size: float = 1.0,
     offset: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Moved:
+    """Keys moved by features, or by filters of what was seen, (channels, taps), around each of them."""
     torch.manual_seed(0)
     query = (torch.randn(2, heads, 1, hidden) * size + offset).to(dtype)
     key = (torch.randn(2, heads, keys, hidden) * size - offset).to(dtype)
-    features = torch.randn(2, heads, channels, keys).to(dtype).mT  # as a convolution leaves them
+    seen = torch.randn(2, heads, channels if around is None else around[0], keys).to(dtype).mT  # a channel's together
     weight = (torch.randn(heads, hidden, channels) / max(1, channels) ** 0.5).to(dtype).expand(2, -1, -1, -1)
+    filters = None if around is None else (torch.randn(channels, *around) / prod(around) ** 0.5).to(dtype)
     slope = 0.3 if activation == "leaky_relu" else 0.0
-    return Moved(query, key, torch.randn(heads, hidden), activation, slope, features, weight)
+    return Moved(query, key, torch.randn(heads, hidden), activation, slope, seen, weight, filters)
 
 
 ACTIVATIONS = ["tanh", "sigmoid", "relu", "leaky_relu"]
-MOVED_SHAPES = [  # heads, keys, hidden, channels
-    (1, 1, 1, 1),
-    (1, 17, 16, 32),
-    (3, 25, 17, 33),
-    (2, 48, 130, 5),
-    (2, 23, 64, 1),
-    (1, 1000, 256, 32),
-    (2, 9, 80, 3),
-    (2, 0, 8, 3),
+MOVED_SHAPES = [  # heads, keys, hidden, channels, what is seen around each key
+    (1, 1, 1, 1, None),
+    (1, 17, 16, 32, None),
+    (3, 25, 17, 33, None),
+    (2, 48, 130, 5, None),
+    (2, 23, 64, 1, None),
+    (1, 1000, 256, 32, None),
+    (2, 9, 80, 3, None),
+    (2, 0, 8, 3, None),
+    (1, 1, 1, 1, (1, 1)),
+    (3, 25, 17, 33, (2, 31)),
+    (2, 200, 40, 5, (3, 401)),
+    (1, 385, 64, 7, (1, 5)),
+    (1, 1000, 256, 32, (2, 31)),
+    (2, 0, 8, 3, (2, 5)),
 ]
+MovedShape = tuple[int, int, int, int, tuple[int, int] | None]
+AROUND = [None, (2, 5)]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", MOVED_SHAPES, ids=str)
-def test_moved_keys_are_scored_rightly(shape: tuple[int, int, int, int], activation: str, level: str) -> None:
-    given = moved(*shape, activation)
+def test_moved_keys_are_scored_rightly(shape: MovedShape, activation: str, level: str) -> None:
+    given = moved(*shape, activation=activation)
     assert given.within_the_budget(given.scores())
 
 
@@ -470,7 +487,7 @@ def test_moved_keys_are_scored_rightly(shape: tuple[int, int, int, int], activat
 @pytest.mark.parametrize("size", [0.5, 6.0, 50.0, 1e4])
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
 def test_moved_keys_of_every_range(activation: str, size: float, offset: float, level: str) -> None:
-    given = moved(2, 300, 40, 8, activation, size, offset)
+    given = moved(2, 300, 40, 8, activation=activation, size=size, offset=offset)
     found = given.scores()
     assert given.within_the_budget(found)
     if activation in ("tanh", "sigmoid"):  # and no further than keys that stay where they are
@@ -478,21 +495,22 @@ def test_moved_keys_of_every_range(activation: str, size: float, offset: float, 
         assert float((found - exact).abs().max()) <= 4 * EPS * (1 + float(given.v.abs().sum(-1).max()))
 
 
-@pytest.mark.parametrize("fault", ["a channel", "a key", "a unit", "a head"])
+@pytest.mark.parametrize("fault", ["a channel", "a key", "a unit", "a head", "a tap"])
 def test_a_fault_in_moved_keys_is_caught(fault: str) -> None:
-    given = moved(heads=2, keys=25, hidden=17, channels=33)
-    query, key, v, features, weight = given.leaves()
-    features, key = features.clone(), key.clone()
+    given = moved(2, 25, 17, 33, (2, 31) if fault == "a tap" else None)
+    query, key, v, seen, weight, *filters = (x.clone() for x in given.leaves())
     match fault:
         case "a channel":
-            features[..., -1] = 0
+            seen[..., -1] = 0
         case "a key":
-            features[..., -1, :] = features[..., -2, :]
+            seen[..., -1, :] = seen[..., -2, :]
         case "a unit":
             key[..., -1] = 0
         case "a head":
             v = v.flip(0)
-    assert not given.within_the_budget(given.of([query, key, v, features, weight]).scores())
+        case "a tap":
+            filters[0][..., -1] = 0
+    assert not given.within_the_budget(given.of([query, key, v, seen, weight, *filters]).scores())
 
 
 def test_error_of_moved_keys_is_that_of_plain_float32(level: str) -> None:
@@ -507,9 +525,12 @@ def test_error_of_moved_keys_is_that_of_plain_float32(level: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("around", AROUND, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_moved_keys_of_half_precision_are_widened(dtype: torch.dtype, activation: str, level: str) -> None:
-    given = moved(3, 25, 70, 9, activation, dtype=dtype)
+def test_moved_keys_of_half_precision_are_widened(
+    dtype: torch.dtype, around: tuple[int, int] | None, activation: str, level: str
+) -> None:
+    given = moved(3, 25, 70, 9, around, activation=activation, dtype=dtype)
     found = given.scores()
     assert found.dtype == torch.float32
     assert given.within_the_budget(found)
@@ -522,21 +543,24 @@ def test_moved_keys_of_half_precision_are_widened(dtype: torch.dtype, activation
         assert float((gradient - right).abs().max()) <= 4 * torch.finfo(x.dtype).eps * float(right.abs().max()) + 1e-4
 
 
-def test_moved_keys_of_any_layout(level: str) -> None:
-    given = moved(2, 25, 70, 9)
-    query, key, v, features, weight = given.leaves()
-    laid = [query.mT.contiguous().mT, key.mT.contiguous().mT, v.mT.contiguous().mT]
-    wide = torch.randn(2, 2, 25, 3 * 9)
-    wide[..., ::3] = features
-    laid += [wide[..., ::3], weight.mT.contiguous().mT]
+@pytest.mark.parametrize("around", [None, (3, 7)], ids=str)
+def test_moved_keys_of_any_layout(around: tuple[int, int] | None, level: str) -> None:
+    given = moved(2, 205, 70, 9, around)
+    query, key, v, seen, weight, *filters = given.leaves()
+    wide = torch.randn(2, 2, 205, 3 * seen.shape[-1])
+    wide[..., ::3] = seen
+    laid = [x.mT.contiguous().mT for x in (query, key, v, weight, *filters)]
+    laid.insert(3, wide[..., ::3])
     assert given.of(laid).scores().equal(given.scores())
 
 
 def test_what_is_not_finite_moves_its_own_keys(level: str) -> None:
     given = moved(keys=25)
-    given.key[0, 0, 3, 5], given.features[0, 0, 24, 2] = torch.nan, torch.nan
-    lost = given.scores().isnan().nonzero().tolist()
-    assert lost == [[0, 0, 0, 3], [0, 0, 0, 24]]
+    given.key[0, 0, 3, 5], given.seen[0, 0, 24, 2] = torch.nan, torch.nan
+    assert given.scores().isnan().nonzero().tolist() == [[0, 0, 0, 3], [0, 0, 0, 24]]
+    given = moved(1, 25, 16, 4, (1, 5))
+    given.seen[0, 0, 10] = torch.nan
+    assert given.scores().isnan().nonzero().tolist() == [[0, 0, 0, j] for j in range(8, 13)]
 
 
 def moved_gradients(given: Moved) -> tuple[Tensor, ...]:
@@ -547,16 +571,17 @@ def moved_gradients(given: Moved) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", MOVED_SHAPES, ids=str)
-def test_gradients_of_moved_keys(shape: tuple[int, int, int, int], activation: str, level: str) -> None:
-    given = moved(*shape, activation).differentiable()
+def test_gradients_of_moved_keys(shape: MovedShape, activation: str, level: str) -> None:
+    given = moved(*shape, activation=activation).differentiable()
     for ours, true in zip(moved_gradients(given), moved_gradients(given.double()), strict=True):
         largest = float(true.detach().abs().max()) if true.numel() else 0.0
         torch.testing.assert_close(ours.double(), true, atol=2e-5 + 2e-5 * largest, rtol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_second_derivatives_of_moved_keys(activation: str) -> None:
-    given = moved(2, 5, 6, 3, activation).differentiable()
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_second_derivatives_of_moved_keys(around: tuple[int, int] | None, activation: str) -> None:
+    given = moved(2, 5, 6, 3, around, activation=activation).differentiable()
     results = []
     for each in (given, given.double()):
         energy = torch.stack([gradient.square().sum() for gradient in moved_gradients(each)]).sum()
@@ -566,8 +591,9 @@ def test_second_derivatives_of_moved_keys(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_operator_of_moved_keys_is_registered_rightly(activation: str) -> None:
-    given = moved(2, 9, 8, 3, activation).differentiable()
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_the_operator_of_moved_keys_is_registered_rightly(around: tuple[int, int] | None, activation: str) -> None:
+    given = moved(2, 9, 8, 3, around, activation=activation).differentiable()
     torch.library.opcheck(torch.ops.regard.shifted_scores.default, tuple(given))
     queries = torch.randn(4, *given.query.shape)
     each = torch.vmap(lambda query: given._replace(query=query).scores())(queries)
@@ -579,11 +605,11 @@ def test_frozen_inputs_of_moved_keys_get_no_gradient() -> None:
     weight = given.weight.detach().requires_grad_()
     given._replace(weight=weight).scores().sum().backward()
     assert weight.grad is not None
-    assert [x.grad for x in given.leaves()] == [None] * 5
+    assert all(x.grad is None for x in given.leaves())
 
 
 def test_every_number_of_threads_moves_keys_alike() -> None:
-    given, before, results = moved(3, 500, 40, 8), torch.get_num_threads(), []
+    given, before, results = moved(3, 500, 40, 8, (2, 31)), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -592,6 +618,69 @@ def test_every_number_of_threads_moves_keys_alike() -> None:
         torch.set_num_threads(before)
     assert results[1].equal(results[0])
     assert results[2].equal(results[0])
+
+
+# --- One row of weights that are there already.
+
+
+WEIGHTED_SHAPES = [
+    (2, 1, 1, 17, 16),
+    (1, 1, 1, 1, 1),
+    (2, 4, 2, 300, 33),
+    (3, 2, 2, 257, 256),
+    (2, 2, 2, 0, 8),
+    (1, 1, 1, 9, 0),
+]
+
+
+def weights_and_values(
+    batch: int, heads: int, groups: int, keys: int, width: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.rand(batch, heads, 1, keys), torch.randn(batch, groups, keys, width).to(dtype)]
+
+
+@pytest.mark.parametrize("shape", WEIGHTED_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_summed_by_their_weights(shape: tuple[int, ...], dtype: torch.dtype, level: str) -> None:
+    weights, value = weights_and_values(*shape, dtype=dtype)
+    found = torch.ops.regard.weighted(weights, value)
+    each = value.double().repeat_interleave(shape[1] // shape[2], 1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, (weights.double() @ each).to(dtype))
+    torch.testing.assert_close(torch.ops.regard.weighted(weights, value.mT.contiguous().mT), found, atol=0, rtol=0)
+
+
+def test_sums_of_values_have_derivatives_of_any_order() -> None:
+    given = [x.double().float().requires_grad_() for x in weights_and_values(2, 2, 2, 7, 5)]
+    torch.library.opcheck(torch.ops.regard.weighted.default, tuple(given))
+    results = []
+    for leaves, by in (
+        (given, torch.ops.regard.weighted),
+        ([x.detach().double().requires_grad_() for x in given], torch.matmul),
+    ):
+        out = by(*leaves)
+        first = torch.autograd.grad(out.pow(3).sum(), leaves, create_graph=True)
+        energy = torch.stack([x.square().sum() for x in first]).sum()
+        results.append((out, *first, *torch.autograd.grad(energy, leaves)))
+    for ours, true in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=1e-4, rtol=1e-4)
+
+
+def test_a_memory_reads_much_by_the_operator() -> None:
+    torch.manual_seed(0)
+    for score in (regard.Additive(6, 6, 8), regard.Additive(6, 6, 8, heads=3)):
+        key, value = torch.randn(2, 600, 6), torch.randn(2, 600, 64)
+        memory = regard.Memory(score, key, value)
+        p = memory.weights(torch.randn(2, 6))
+        with Called() as called:
+            found = memory.read(p)
+        assert "regard.weighted.default" in called.names
+        torch.testing.assert_close(found, torch.einsum("b...j,bjd->b...d", p, value))
+        rows = torch.stack([p, p], -2)
+        with Called() as called:
+            assert memory.read(rows).shape == (*rows.shape[:-1], 64)
+        assert "regard.weighted.default" not in called.names
 
 
 class Called(TorchDispatchMode):

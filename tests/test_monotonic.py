@@ -47,7 +47,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> Any:
     """Both ways, of which no other may run."""
     if request.param == "plain":
-        monkeypatch.setattr(monotonic, "fused", lambda *_: False)
+        monkeypatch.setattr(cpu, "takes", lambda *_: False)
     yield request.param
     assert set(ran) == {request.param}
 

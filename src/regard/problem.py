@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from regard import reference
 from regard.dropout import Dropout
@@ -192,31 +193,50 @@ class Problem(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """What moves projected keys k_j, before any pair sees them: k_j + U f_j."""
+    """What moves projected keys k_j, before any pair sees them: k_j + U f_j.
 
-    features: Tensor  # f: (..., Lk, C)
+    f_j is what was seen of the key, or of those around it: Σ_t filters_t seen_{j + t − K // 2}.
+    """
+
+    seen: Tensor  # (..., Lk, C), or (..., Lk, S); 0 beyond the keys
     weight: Tensor  # U: (D, C), or (heads, D, C)
+    filters: Tensor | None = None  # (C, S, K), K odd
 
     def check(self, key: Tensor, leading: tuple[int, ...]) -> None:
         """ValueError where it does not fit keys (..., Lk, D), for samples and heads of these leading dimensions."""
-        (*samples, keys, channels), (*heads, size, columns) = self.features.shape, self.weight.shape
+        (*samples, keys, seen), (*heads, size, channels), filters = self.seen.shape, self.weight.shape, self.filters
         if (keys, size) != key.shape[-2:]:
             fits = f"{key.shape[-2]} of size {key.shape[-1]}, as they are projected"
             raise ValueError(f"shift moves {keys} keys of size {size}; here are {fits}")
-        if channels != columns or not all(
-            alike(part, leading[len(leading) - len(part) :]) for part in (samples, heads)
-        ):
-            shapes = f"features {tuple(self.features.shape)} and weight {tuple(self.weight.shape)}"
-            raise ValueError(f"shift has {shapes}; {(*leading, keys, columns)} and {(size, columns)} fit")
+        fit = channels == seen if filters is None else filters.shape[:-1] == (channels, seen)
+        odd = filters is None or filters.shape[-1] % 2 == 1
+        if not (fit and odd and all(alike(part, leading[len(leading) - len(part) :]) for part in (samples, heads))):
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self._asdict().items() if x is not None)
+            rows = ", ".join(map(str, (*leading, keys)))
+            fits = f"seen ({rows}, C) and weight ({size}, C), or ({rows}, S), ({size}, C) and filters (C, S, K), K odd"
+            raise ValueError(f"shift has {shapes}; it must be {fits}")
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Shift:
+        """The shift of changed tensors."""
+        return Shift(change(self.seen), change(self.weight), None if self.filters is None else change(self.filters))
+
+    def features(self) -> Tensor:
+        """f: (..., Lk, C)."""
+        if self.filters is None:
+            return self.seen
+        leading, (keys, channels), reach = self.seen.shape[:-2], self.seen.shape[-2:], self.filters.shape[-1] // 2
+        seen = self.seen.mT.reshape(prod(leading), channels, keys).to(self.filters.dtype)
+        padded = F.pad(seen, (reach, reach + 1))  # one place more, as torch convolves nothing that is empty
+        return F.conv1d(padded, self.filters)[..., :-1].reshape(*leading, self.filters.shape[0], keys).mT
 
     def of(self, key: Tensor) -> Tensor:
         """The keys (..., Lk, D), moved."""
-        return key + (self.features.to(self.weight.dtype) @ self.weight.mT).to(key.dtype)
+        return key + (self.features().to(self.weight.dtype) @ self.weight.mT).to(key.dtype)
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two shapes of as many dimensions broadcast."""
-    return len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True))
+    return tuple(a) == tuple(b) or (len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True)))
 
 
 Indices = slice | Sequence[int]

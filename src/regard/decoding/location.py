@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.decoding.memory import Memory
 from regard.decoding.step import Step, Stepwise, checked, of_keys, zeros
@@ -65,15 +64,7 @@ class LocationSensitive(Stepwise[Looked]):
     def step(self, query: Tensor, memory: Memory, state: Looked) -> Step:
         """One query of each sample, (..., Dq)."""
         last, total = of_keys(memory, state.weights), of_keys(memory, state.total)
-        shift = Shift(self.features(torch.stack([last, total] if self.cumulative else [last], -1)), self.U.weight)
+        seen = torch.stack([last, total] if self.cumulative else [last], -2).mT
+        shift = Shift(seen, self.U.weight, self.filters.weight)
         weights = memory.normalizer(memory.scores(checked(query, memory, "Dq"), shift=shift))
         return Step(memory.read(weights), weights, Looked(weights, total + weights))
-
-    def features(self, seen: Tensor) -> Tensor:
-        """(..., Lk, filters) of what each key was given (..., Lk, 1 or 2)."""
-        # Pixels in one row, channels last, so that the features of each key lie side by side; and one more, as no key
-        # at all is no picture.
-        pixels = F.pad(seen.reshape(seen.shape[:-2].numel(), 1, *seen.shape[-2:]), (0, 0, 0, 1)).movedim(-1, 1)
-        filters, padding = self.filters.weight.unsqueeze(-2), (0, self.filters.kernel_size[0] // 2)
-        rows = F.conv2d(pixels.to(filters.dtype), filters, padding=padding)[..., :-1].movedim(1, -1)
-        return rows.reshape(*seen.shape[:-1], self.filters.out_channels)

@@ -18,7 +18,7 @@ from regard.kernels import cpu
 from regard.masks import Mask, as_mask
 from regard.normalizers import Normalizer, Softmax
 from regard.problem import Problem, Shift, batch_heads
-from regard.reference import FunctionPair, product, widened
+from regard.reference import FunctionPair
 from regard.scores import Score
 from regard.transforms import autocasting, may_look_at, transforming
 from regard.visible import blank, seeing_rows, shared_keys
@@ -158,8 +158,7 @@ class Memory:
             raise ValueError(f"weights has shape {tuple(weights.shape)}; for this memory it must be {fits}")
         if self.dropout_p:
             p = torch.dropout(p, self.dropout_p, train=True)
-        value = widened(self._rows[1])
-        out = product(p.to(value.dtype), value).to(self.dtype)
+        out = kernels.weighted(p, self._rows[1]).to(self.dtype)
         return out.squeeze(-2) if one else out
 
     def visible(self) -> Tensor:

@@ -91,3 +91,8 @@ def scored(problem: Problem) -> Problem:
 def scores(problem: Problem, shift: Shift | None = None) -> Tensor:
     """(*leading, Lq, Lk): the bare scores, −inf where nothing may be attended, of keys that `shift` moves."""
     return (scored(problem) if shift is None else cpu.shifted(problem, shift)).scores()
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Σ_j p_j v_j, in float32 at least: (..., Lq, Dv) of weights (..., Lq, Lk) and values (..., Lk, Dv)."""
+    return cpu.weighted(weights, value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from regard.kernels import ops
 from regard.normalizers import Softmax
 from regard.problem import Problem, Shift
-from regard.reference import AdditivePair, L1Pair, Pair
+from regard.reference import AdditivePair, L1Pair, Pair, product, widened
 from regard.transforms import transforming
 
 NAME = {"win32": "regard_kernels.dll", "darwin": "libregard_kernels.dylib"}.get(sys.platform, "libregard_kernels.so")
@@ -81,10 +81,11 @@ def refuses_shifted(problem: Problem, shift: Shift) -> str | None:
         return "it moves keys for additive scores only"
     if problem.queries != 1:
         return f"it moves keys for one query, not for {problem.queries}"
-    if shift.features.shape[-1] == 0:
+    if shift.weight.shape[-1] == 0:
         return "there is nothing to move keys by"
-    if shift.features.dtype not in DTYPES or shift.weight.dtype not in DTYPES:
-        return f"it computes in float32, not {torch.promote_types(shift.features.dtype, shift.weight.dtype)}"
+    for x in shift:
+        if x is not None and x.dtype not in DTYPES:
+            return f"it computes in float32, not {x.dtype}"
     if transforming():
         return "under torch.func transforms and forward-mode AD only the reference is differentiated rightly"
     return refuses_scores(problem)
@@ -95,6 +96,24 @@ def shifted(problem: Problem, shift: Shift) -> Problem:
     if refuses_shifted(problem, shift) is not None:
         return scored(problem._replace(key=shift.of(problem.key), prepared=None))
     return problem._replace(pair=partial(ops.shifted_scores, shift, problem.pair))
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the operators that take float32 alone take these; a program that is exported is to run without regard."""
+    return (
+        LIBRARY is not None
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_exporting()
+        and not transforming()
+    )
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """weights @ value, in float32 at least, and by the operator where there is one row of weights and much to read."""
+    if weights.shape[-2] == 1 and value.numel() >= 2**16 and takes(weights, value):
+        return ops.weighted(weights, value)
+    value = widened(value)
+    return product(weights.to(value.dtype), value)
 
 
 # --- The library.
@@ -135,7 +154,9 @@ class _Problem(ctypes.Structure):
         (_F, "kept_factor"),
         (_P, "scores"),
         (_I, "channels"),
-        (_Tensor, "features weight"),
+        (_Tensor, "weight seen"),
+        (_P, "filters"),
+        (_I, "seen_channels taps"),
         (_P, "grad_out grad_lse grad_scores grad_query grad_key grad_value grad_v"),
     )
 
@@ -196,7 +217,7 @@ def _attend(*given: Any) -> tuple[Tensor, Tensor]:
     if prepared is not None:
         problem.prepared = prepared.data_ptr()
         problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
-    _call("regard_forward", problem)
+    call("regard_forward", problem)
     return out, lse
 
 
@@ -215,7 +236,7 @@ def _scores(*given: Any) -> Tensor:
     scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
     problem = _problem(sides)
     problem.scores = scores.data_ptr()
-    _call("regard_scores", problem)
+    call("regard_scores", problem)
     return scores
 
 
@@ -229,13 +250,26 @@ def _scores_backward(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _shifted_scores(*given: Any) -> Tensor:
-    sides, (features, weight) = ops.Sides(*given[:-2]), given[-2:]
+    sides, (seen, weight, filters) = ops.Sides(*given[:-3]), given[-3:]
     scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
     problem = _problem(sides)
-    problem.channels, problem.features, problem.weight = features.shape[-1], _tensor(features), _tensor(weight)
+    problem.channels, problem.weight, problem.seen = weight.shape[-1], _tensor(weight), _tensor(seen)
+    if filters is not None:
+        filters = filters.float().contiguous()
+        problem.filters, (_, problem.seen_channels, problem.taps) = filters.data_ptr(), filters.shape
     problem.scores = scores.data_ptr()
-    _call("regard_shifted_scores", problem)
+    call("regard_shifted_scores", problem)
     return scores
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    weights, out = weights.contiguous(), value.new_empty(*weights.shape[:-1], value.shape[-1])
+    problem = _Problem()
+    problem.outer, problem.inner, problem.queries, problem.keys = weights.shape
+    problem.group, problem.width = max(1, weights.shape[1] // max(1, value.shape[1])), value.shape[-1]
+    problem.scores, problem.value, problem.out = weights.data_ptr(), _tensor(value), _tensor(out)
+    call("regard_read", problem)
+    return out
 
 
 def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = None, first: int = 0) -> Tensor:
@@ -252,7 +286,7 @@ def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = No
         prepared, first = torch.empty(*key.shape[:2], size), 0
     problem.prepared = prepared.data_ptr()
     problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
-    _call("regard_prepare", problem, ctypes.c_int64(first))
+    call("regard_prepare", problem, ctypes.c_int64(first))
     return prepared
 
 
@@ -272,7 +306,7 @@ def _gradients(
     for name, gradient in each.items():
         if gradient.numel():
             setattr(problem, f"grad_{name}", gradient.data_ptr())
-    _call("regard_backward", problem)
+    call("regard_backward", problem)
 
     def summed(name: str, x: Tensor) -> Tensor:
         if not wanted[name]:
@@ -325,8 +359,8 @@ def installed() -> ctypes.CDLL:
     return LIBRARY
 
 
-def _call(name: str, problem: _Problem, *more: ctypes.c_int64) -> None:
-    if installed()[name](ctypes.byref(problem), *more):
+def call(name: str, given: ctypes.Structure, *more: ctypes.c_int64) -> None:
+    if getattr(installed(), name)(ctypes.byref(given), *more):
         raise MemoryError(f"{name} found no memory to work in")
 
 
@@ -335,3 +369,4 @@ ops.LIBRARY.impl("attend_backward", _attend_backward, "CPU")
 ops.LIBRARY.impl("scores", _scores, "CPU")
 ops.LIBRARY.impl("scores_backward", _scores_backward, "CPU")
 ops.LIBRARY.impl("shifted_scores", _shifted_scores, "CPU")
+ops.LIBRARY.impl("weighted", _weighted, "CPU")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.kernels import cpu, ops
-from regard.transforms import transforming
 
 ops.LIBRARY.define("monotonic(Tensor logits, Tensor previous) -> (Tensor weights, Tensor gone)")
 ops.LIBRARY.define(
@@ -32,23 +31,12 @@ def run(logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     """
     leading, shape = torch.broadcast_shapes(logits.shape[:-2], previous.shape[:-1]), logits.shape[-2:]
     logits, previous = logits.expand(*leading, *shape), previous.expand(*leading, shape[-1])
-    if not fused(logits, previous):
+    if not cpu.takes(logits, previous):
         return plain(logits, previous)
     samples = prod(leading)
     flat = logits.reshape(samples, *shape), previous.reshape(samples, shape[-1])
     weights, gone = torch.ops.regard.monotonic.default(*flat)
     return weights.reshape(logits.shape), gone.reshape(logits.shape[:-1])
-
-
-def fused(logits: Tensor, previous: Tensor) -> bool:
-    """Whether the operator computes it; a program that is exported is to run without regard."""
-    return (
-        cpu.LIBRARY is not None
-        and logits.device.type == "cpu"
-        and logits.dtype == previous.dtype == torch.float32
-        and not torch.compiler.is_exporting()
-        and not transforming()
-    )
 
 
 def plain(logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +97,7 @@ def _call(name: str, logits: Tensor, previous: Tensor, *more: Tensor) -> None:
     """Calls the function of csrc/monotonic.cpp, which wants 1 − p as exact as p."""
     tensors = [x.contiguous() for x in (logits.sigmoid(), logits.neg().sigmoid(), previous, *more)]
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
-    cpu.installed()[name](*map(ctypes.c_int64, logits.shape), *pointers)
+    getattr(cpu.installed(), name)(*map(ctypes.c_int64, logits.shape), *pointers)
 
 
 class _Monotonic(ops.Saving):
@@ -135,6 +123,5 @@ class _MonotonicBackward(ops.Saving):
 
 ops.LIBRARY.impl("monotonic", _monotonic, "CPU")
 ops.LIBRARY.impl("monotonic_backward", _monotonic_backward, "CPU")
-for _each in (_Monotonic, _MonotonicBackward):
-    ops.LIBRARY.impl(_each.operator, _each.call, "Autograd")
-    torch.library.register_vmap(_each.operator, ops.one_by_one(_each.operator), lib=ops.LIBRARY)
+ops.register(_Monotonic)
+ops.register(_MonotonicBackward)

@@ -1,5 +1,5 @@
-"""The operators behind the kernels, `regard::attend`, `regard::scores` and `regard::shifted_scores`: schemas, shapes,
-derivatives.
+"""The operators behind the kernels, `regard::attend`, `regard::scores`, `regard::shifted_scores` and
+`regard::weighted`: schemas, shapes, derivatives.
 
 A backend registers what computes them on its device. Their gradients are operators in turn, whose own derivatives
 are the reference's. Tensors are (batch, heads, length, size); key and value may have fewer heads.
@@ -32,7 +32,8 @@ LIBRARY.define(
     "bool by_value) -> (Tensor query, Tensor key, Tensor v, Tensor value)"
 )
 LIBRARY.define(f"scores({_SIDES}) -> Tensor")
-LIBRARY.define(f"shifted_scores({_SIDES}, Tensor features, Tensor weight) -> Tensor")
+LIBRARY.define(f"shifted_scores({_SIDES}, Tensor seen, Tensor weight, Tensor? filters) -> Tensor")
+LIBRARY.define("weighted(Tensor weights, Tensor value) -> Tensor")
 LIBRARY.define(f"scores_backward({_SIDES}, Tensor grad) -> (Tensor query, Tensor key, Tensor v)")
 
 
@@ -141,11 +142,18 @@ def scores(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
 
 def shifted_scores(shift: Shift, pair: Pair, a: Tensor, b: Tensor) -> Tensor:
     """pair(a, shift.of(b)) of an additive pair and one query a, by the operator."""
-    leading = _leading(pair, a, b, shift.features)
+    leading = _leading(pair, a, b, shift.seen)
     laid = _with_batch(leading, pair)
-    a, b, features, weight = (batch_heads(x, laid) for x in (a, b, *shift))
-    s = torch.ops.regard.shifted_scores.default(*lowered(pair, a, b), features, weight)
+    a, b, seen, weight = (batch_heads(x, laid) for x in (a, b, shift.seen, shift.weight))
+    s = torch.ops.regard.shifted_scores.default(*lowered(pair, a, b), seen, weight, shift.filters)
     return s.reshape(*leading, *s.shape[-2:])
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """(..., 1, Dv) of one row of weights (..., 1, Lk) and values (..., Lk, Dv), by the operator."""
+    leading = weights.shape[:-2]
+    out = torch.ops.regard.weighted.default(batch_heads(weights, leading), batch_heads(value, leading))
+    return out.reshape(*leading, 1, value.shape[-1])
 
 
 def _leading(pair: Pair, *sides: Tensor) -> tuple[int, ...]:
@@ -209,8 +217,13 @@ def _(*given: Any) -> Tensor:
 
 @torch.library.register_fake("regard::shifted_scores", lib=LIBRARY)
 def _(*given: Any) -> Tensor:
-    sides = Sides(*given[:-2])
+    sides = Sides(*given[:-3])
     return sides.query.new_empty(*sides.query.shape[:-1], sides.key.shape[-2], dtype=torch.float32)
+
+
+@torch.library.register_fake("regard::weighted", lib=LIBRARY)
+def _(weights: Tensor, value: Tensor) -> Tensor:
+    return value.new_empty(*weights.shape[:-1], value.shape[-1])
 
 
 @torch.library.register_fake("regard::scores_backward", lib=LIBRARY)
@@ -312,25 +325,43 @@ class _Scores(Saving):
 
 
 class _ShiftedScores(Saving):
-    """Its derivative moves all keys at once; what is kept for it is of the features' size, however many steps."""
+    """Its derivative moves all keys at once; of a step is kept for it what was seen."""
 
     operator = torch.ops.regard.shifted_scores.default
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         given, _ = _ShiftedScores.saved(ctx)
-        sides, (features, weight) = Sides(*given[:-2]), given[-2:]
-        key = widened(sides.key) + product(widened(features), widened(weight).mT)
+        sides, shift = Sides(*given[:-3]), Shift(*given[-3:])
+        by_query, by_key, by_v, _, _, *by_shift = ctx.needs_input_grad
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that no way leads from what was seen to filters of earlier steps.
+            shift = shift.each(lambda x: x.view_as(x))
+            key = shift.each(widened).of(widened(sides.key))
+        leaves = [x for x, need in zip(shift, by_shift, strict=True) if need and x is not None]
         query, moved, v = _ScoresBackward.call(*sides._replace(key=key), *grads)
-        needed = ctx.needs_input_grad
+        moves = iter(torch.autograd.grad(key, leaves, moved, create_graph=create_graph) if leaves else ())
         return (
-            query if needed[0] else None,
-            moved.to(sides.key.dtype) if needed[1] else None,
-            v if needed[2] else None,
+            query if by_query else None,
+            moved.to(sides.key.dtype) if by_key else None,
+            v if by_v else None,
             None,
             None,
-            product(moved, widened(weight)).to(features.dtype) if needed[5] else None,
-            product(moved.mT, widened(features)).to(weight.dtype) if needed[6] else None,
+            *(next(moves) if need else None for need in by_shift),
+        )
+
+
+class _Weighted(Saving):
+    operator = torch.ops.regard.weighted.default
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weights, value), _ = _Weighted.saved(ctx)
+        by_weights, by_value = ctx.needs_input_grad
+        return (
+            product(grads[0], value.mT) if by_weights else None,
+            product(weights.mT, grads[0]) if by_value else None,
         )
 
 
@@ -394,6 +425,11 @@ def one_by_one(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-for _each in (_Attend, _AttendBackward, _Scores, _ShiftedScores, _ScoresBackward):
-    LIBRARY.impl(_each.operator, _each.call, "Autograd")
-    torch.library.register_vmap(_each.operator, one_by_one(_each.operator), lib=LIBRARY)
+def register(function: type[Saving]) -> None:
+    """Makes an operator's derivative and vmap known."""
+    LIBRARY.impl(function.operator, function.call, "Autograd")
+    torch.library.register_vmap(function.operator, one_by_one(function.operator), lib=LIBRARY)
+
+
+for _each in (_Attend, _AttendBackward, _Scores, _ShiftedScores, _Weighted, _ScoresBackward):
+    register(_each)
