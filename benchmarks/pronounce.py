@@ -6,7 +6,8 @@ The files hold a word, a tab and its sounds on each line; each pronunciation of 
 words of the training file are held out for development. The model is the demo's, deeper and with dropout, learnt in
 bfloat16 for a number of epochs fixed beforehand, with a learning rate that falls to 0; a beam search finds the
 pronunciation, with several models by the mean of their probabilities. Killed at any time, the same command goes on
-from the last checkpoint and ends with the very parameters that it would have had.
+from the last checkpoint and ends with the very parameters that it would have had. With `--rival` Phonetisaurus
+(Novak, Minematsu & Hirose 2016), whose rate is among the published ones, learns the same words and is asked the same.
 """
 
 from __future__ import annotations
@@ -113,8 +114,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, size: Size, seed: int, examples: Sequence[Example], device: torch.device) -> Plan:
-        digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:12]
-        return cls(size, seed, digest, device.type, steps=size.epochs * per_epoch(size, examples))
+        return cls(size, seed, digest(examples), device.type, steps=size.epochs * per_epoch(size, examples))
 
     def rate(self, step: int) -> float:
         """Up from 0 and down to 0 again, in straight lines."""
@@ -124,6 +124,10 @@ class Plan(NamedTuple):
         """All of it, by name."""
         known = self._asdict()
         return {**known.pop("size")._asdict(), **known}
+
+
+def digest(learnt_from: object) -> str:
+    return hashlib.sha256(repr(learnt_from).encode()).hexdigest()[:12]
 
 
 def per_epoch(size: Size, examples: Sequence[Example]) -> int:
@@ -262,6 +266,21 @@ def evaluate(models: Sequence[Pronouncer], words: Words, beam: int, batch: int =
     return error_rates(predictions, [words[name] for name in names])
 
 
+def rival(learnt_from: Words, folder: Path, asked: Mapping[str, Words]) -> dict[str, ErrorRates]:
+    """What Phonetisaurus makes of the words asked, of each purpose; what it learnt is kept in the folder."""
+    import phonetisaurus
+
+    model = folder / f"phonetisaurus-{digest(learnt_from)}.fst"
+    if not model.exists():
+        with replacing(model) as part:
+            phonetisaurus.train({word: list(map(list, sounds)) for word, sounds in learnt_from.items()}, part)
+    rates = {}
+    for purpose, words in asked.items():
+        predicted = {word: tuple(sounds) for word, sounds in phonetisaurus.predict(words, model)}
+        rates[purpose] = error_rates([predicted.get(word, ()) for word in words], list(words.values()))
+    return rates
+
+
 # --- The job.
 
 
@@ -291,6 +310,7 @@ def options() -> argparse.Namespace:
     option("--models", type=positive, default=1, metavar="N", help="of an ensemble, by seeds from --seed on")
     option("--seed", type=int, default=0, metavar="N", help="one seed gives one model (default: 0)")
     option("--beam", type=positive, default=5, metavar="N", help="beams of the search (default: 5)")
+    option("--rival", action="store_true", help="let Phonetisaurus learn the same words (pip install phonetisaurus)")
     option("--device", type=as_device, default=as_device("cpu"), help="such as cuda (default: cpu, on one thread)")
     option("--out", type=Path, default=Path("pronounce"), metavar="FOLDER", help="where checkpoints are kept")
     return parser.parse_args()
@@ -317,6 +337,7 @@ def run(asked: argparse.Namespace) -> None:
     learnt_from, development = split(read(asked.train), asked.development)
     test = read(asked.test) if asked.test else {}
     examples = [(word, sounds) for word in learnt_from for sounds in learnt_from[word]]
+    purposes = {"development": development, **({"test": test} if test else {})}
     size = SIZES[asked.size]._replace(**{"epochs": asked.epochs} if asked.epochs else {})
     make_folder(asked.out)
     print(f"{len(learnt_from):,} words to learn, {len(development):,} for development, {len(test):,} to test")
@@ -332,20 +353,26 @@ def run(asked: argparse.Namespace) -> None:
             plan, path = Plan.of(size, seed, examples, asked.device), asked.out / f"{asked.size}-{seed}.pt"
             learnt.append(learn(plan, examples, development, path, asked.device))
         models = [each.model for each in learnt]
-        found = [(name, evaluate(models, words, asked.beam)) for name, words in
-                 (("development", development), ("test", test)) if words]  # fmt: skip
+        found = {name: evaluate(models, words, asked.beam) for name, words in purposes.items()}
     finally:
         torch.set_num_threads(threads)
-    print(table(found, learnt, asked.beam))
+    beside = rival(learnt_from, asked.out, purposes) if asked.rival else {}
+    print(table(found, learnt, asked.beam, beside))
 
 
-def table(found: Sequence[tuple[str, ErrorRates]], learnt: Sequence[Learner], beam: int) -> str:
-    """Our error rates beside the published ones."""
+def table(
+    found: Mapping[str, ErrorRates], learnt: Sequence[Learner], beam: int, beside: Mapping[str, ErrorRates]
+) -> str:
+    """Our error rates beside the rival's and the published ones."""
     parameters = sum(parameter.numel() for parameter in learnt[0].model.parameters())
     minutes = sum(each.cpu_seconds for each in learnt) / 60
     models = f"{len(learnt)} models" if len(learnt) > 1 else "one model"
     ours = f"regard, {models} of {parameters:,} parameters, {minutes:.1f} CPU minutes, beams: {beam}"
-    rows = [(name, f"{per:.2f}", f"{wer:.2f}", ours) for name, (per, wer) in found]
+    rows = [
+        (name, f"{per:.2f}", f"{wer:.2f}", who)
+        for who, rates in ((ours, found), ("Phonetisaurus, of the same words", beside))
+        for name, (per, wer) in rates.items()
+    ]
     rows += [("test", "–" if per is None else f"{per:.2f}", f"{wer:.2f}", who) for who, per, wer in PUBLISHED]
     lines = [
         f"{words:12} {per:>6} {wer:>7}   {who}" for words, per, wer, who in (("words", "PER %", "WER %", ""), *rows)

@@ -204,6 +204,26 @@ def test_error_rates_are_printed_beside_published_ones(
     assert "others" in lines[-1]
 
 
+def test_a_rival_learns_the_same_words(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phonetisaurus = pytest.importorskip("phonetisaurus")
+    learnt_from: list[object] = []
+
+    def train(words: object, path: Path) -> None:
+        learnt_from.append(words)
+        path.write_text("a model")
+
+    monkeypatch.setattr(phonetisaurus, "train", train)
+    monkeypatch.setattr(phonetisaurus, "predict", lambda words, path: [(word, ["B", "A", "B"]) for word in words])
+    arguments = ["--train", files["train"], "--test", files["test"], "--out", files["out"], "--epochs", 1, "--rival"]
+    for _ in range(2):
+        assert called(monkeypatch, *arguments) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if "same words" in line]
+        assert [line[:3] for line in lines] == [["development", "50.00", "100.00"], ["test", "37.50", "66.67"]]
+    assert [list(words) for words in learnt_from] == [["abba", "back", "kab", "cab"]]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
