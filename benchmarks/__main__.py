@@ -1,5 +1,5 @@
-"""The benchmarks by name: `python -m benchmarks cpu`, `toy`, `memory`, `alignment`, `recording`, `page` or
-`pronounce`.
+"""The benchmarks by name: `python -m benchmarks cpu`, `gpu`, `model`, `toy`, `memory`, `alignment`, `recording`, `page`
+or `pronounce`.
 
 `-h` after a name says more.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("cpu", "toy", "memory", "alignment", "recording", "page", "pronounce")
+NAMES = ("cpu", "gpu", "model", "toy", "memory", "alignment", "recording", "page", "pronounce")
 
 
 def main() -> int:

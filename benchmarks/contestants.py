@@ -1,7 +1,8 @@
-"""Who is compared in `benchmarks.cpu`, and on what: each readies what outlasts a call, and returns the call."""
+"""Who is compared by `cpu` and `gpu`, and on what: each readies what outlasts a call, and returns the call."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import regard
 from benchmarks.toy import Naive
@@ -68,15 +70,25 @@ class Given:
         inputs = {"query": self.query, "key": self.key, "value": self.value}
         return {name: x for name, x in inputs.items() if x.requires_grad} | dict(self.score.named_parameters())
 
+    def to(self, target: torch.dtype | torch.device) -> Given:
+        """The same numbers, as leaves of their own."""
+        inputs = (self.query, self.key, self.value)
+        query, key, value = (x.detach().to(target, copy=True).requires_grad_(x.requires_grad) for x in inputs)
+        lens = self.lens.to(query.device)
+        return Given(self.case, copy.deepcopy(self.score).to(target), query, key, value, lens)
+
 
 def draw(case: Case) -> Given:
     torch.manual_seed(0)
     n, lens = case.hidden, torch.arange(1, case.batch + 1) * case.keys // (case.batch + 1)
-    additive = {"additive": regard.Additive, "GATv2": regard.GATv2}.get(case.score)
-    if case.score == "location-sensitive":
-        score = Located(n, case.batch, case.keys)
-    else:
-        score = additive(n, n, n, heads=case.heads) if additive else regard.Laplace(math.sqrt(n))
+    scores: dict[str, Callable[[], regard.Score]] = {
+        "additive": lambda: regard.Additive(n, n, n, heads=case.heads),
+        "GATv2": lambda: regard.GATv2(n, n, n, heads=case.heads),
+        "L1": lambda: regard.Laplace(math.sqrt(n)),
+        "location-sensitive": lambda: Located(n, case.batch, case.keys),
+        "scaled dot": regard.ScaledDot,
+    }
+    score = scores[case.score]()
     lengths = (case.queries, case.keys, case.keys)
     query, key, value = (torch.randn(case.batch, each, n, requires_grad=not case.constants) for each in lengths)
     return Given(case, score, query, key, value, lens.clamp(min=1))
@@ -98,12 +110,14 @@ class Located(regard.Additive):
 class Variation(NamedTuple):
     mask: Callable[[Given], regard.Mask | None] = lambda given: None
     dropout_p: float = 0.0
+    dtype: torch.dtype = torch.float32
+    precision: str = "highest"  # of torch's float32 products
 
     def allowed(self, given: Given, rows: Tensor) -> Tensor | None:
         """Bool, broadcasting to (batch, [heads,] rows, keys); None allows all."""
-        mask, case = self.mask(given), given.case
-        grid = Grid((case.batch, case.heads) if case.heads > 1 else (case.batch,), case.queries, case.keys)
-        return None if mask is None else mask.allow(rows.unsqueeze(-1), torch.arange(case.keys), grid)
+        mask, case, device = self.mask(given), given.case, given.query.device
+        grid = Grid((case.batch, case.heads) if case.heads > 1 else (case.batch,), case.queries, case.keys, device)
+        return None if mask is None else mask.allow(rows.unsqueeze(-1), torch.arange(case.keys, device=device), grid)
 
 
 VARIATIONS = {
@@ -113,6 +127,10 @@ VARIATIONS = {
     "causal": Variation(lambda given: regard.Causal()),
     "window of 128": Variation(lambda given: regard.Window(128, 0)),
     "dropout 0.1": Variation(dropout_p=0.1),
+    "tf32": Variation(precision="high"),
+    "bf16": Variation(dtype=torch.bfloat16),
+    "bf16, causal": Variation(lambda given: regard.Causal(), dtype=torch.bfloat16),
+    "bf16, ragged": Variation(lambda given: regard.Lengths(given.lens), dtype=torch.bfloat16),
 }
 
 
@@ -123,8 +141,8 @@ Call = Callable[[], Tensor]
 
 def by_regard(given: Given, variation: Variation, impl: str) -> Call:
     """The mask is made in each call, since the lengths of a batch come with it."""
-    query, key, value, score, (mask, dropout_p) = given.query, given.key, given.value, given.score, variation
-    return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=dropout_p, impl=impl)
+    query, key, value, score, mask, p = given.query, given.key, given.value, given.score, *variation[:2]
+    return lambda: regard.attend(query, key, value, score, mask(given), dropout_p=p, impl=impl)
 
 
 class Projected(regard.Additive):
@@ -155,7 +173,7 @@ def by_sdpa(given: Given, variation: Variation) -> Call:
     """Dot products of the same projections; causal by its flag, other masks made before, as small as they can be."""
     score, heads = given.score, given.case.heads
     causal = isinstance(variation.mask(given), regard.Causal)
-    allowed = None if causal else variation.allowed(given, torch.arange(given.case.queries))
+    allowed = None if causal else variation.allowed(given, torch.arange(given.case.queries, device=given.query.device))
     if allowed is not None and allowed.dim() == 3:
         allowed = allowed.unsqueeze(1)
 
@@ -191,6 +209,32 @@ def by_expression(given: Given, variation: Variation) -> Call:
         if heads > 1:
             v, value = v[:, None, None], value.unsqueeze(1)
         return torch.softmax((activation(query.unsqueeze(-2) + key.unsqueeze(-3)) * v).sum(-1), -1) @ value
+
+    return call
+
+
+def by_flex(given: Given, variation: Variation) -> Call:
+    """FlexAttention of queries and keys of zeros: the sum over hidden units is what it is told to add to their product.
+
+    To be compiled.
+    """
+    score, hidden = given.score, given.case.hidden
+    assert isinstance(score, regard.Additive)
+
+    def call() -> Tensor:
+        a = score.project_query(given.query).permute(2, 0, 1).contiguous()  # a hidden unit's values lie side by side
+        b = score.project_key(given.key).permute(2, 0, 1).contiguous()
+        v = score.w_v.weight[0]
+
+        def add(s: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            for h in range(hidden):
+                s = s + v[h] * torch.tanh(a[h, batch, i] + b[h, batch, j])
+            return s
+
+        query, key = (x.new_zeros(len(x), 1, x.shape[1], 16) for x in (given.query, given.key))
+        out = flex_attention(query, key, given.value.unsqueeze(1), score_mod=add)
+        assert isinstance(out, Tensor)
+        return out.squeeze(1)
 
     return call
 
@@ -268,9 +312,12 @@ CONTESTANTS = {
     "Tacotron 2 step": Contestant("as written", by_tacotron_step),
     "expression": Contestant("as written", by_expression),
     "cdist": Contestant("as written", by_cdist),
+    "B": Contestant("regard", partial(by_regard, impl="gpu")),
+    "E": Contestant("regard", partial(by_regard, impl="gpu")),
     "compiled textbook": Contestant("compiled", by_textbook),
     "compiled expression": Contestant("compiled", by_expression),
     "compiled Tacotron 2 step": Contestant("compiled", by_tacotron_step),
+    "FlexAttention": Contestant("compiled", by_flex),
 }
 
 

@@ -14,34 +14,28 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import copy
 import ctypes
-import json
 import math
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-from torch.linalg import vector_norm
 from tqdm import tqdm
 
 import regard
 from benchmarks import memory
-from benchmarks.contestants import BACKWARD, FORWARD, IMPL, RECORDED, Call, Case, Given, Variation, draw, parts
-from regard.files import replacing
+from benchmarks.chart import chart, write
+from benchmarks.contestants import BACKWARD, FORWARD, IMPL, RECORDED, Case, draw, parts
+from benchmarks.measured import Allowed, Bar, Result, Run, check, compute, exact, judged, keep, least, verdict
 
 THREADS = (1, 2)
 ROUNDS, FEWEST = 101, 5
@@ -91,18 +85,6 @@ PEAKS = (  # case, implementation and length of benchmarks.memory
 )
 
 
-class Bar(NamedTuple):
-    """One entry's time over another's, or a peak in megabytes; without a limit it is only shown."""
-
-    case: str
-    what: str
-    over: str  # "compiled *" is the fastest of those
-    under: str | None = None
-    at_most: float | None = None
-    at_least: float | None = None
-    threads: tuple[int, int] = (1, 1)
-
-
 BARS = (
     Bar("256-128", FORWARD, "regard", "SDPA", at_most=1.5),
     Bar("256-128", FORWARD, "compiled *", "regard", at_least=10),
@@ -133,9 +115,9 @@ BARS = (
     Bar("location", FORWARD, "compiled *", "LocationSensitive"),
     Bar("toy", RECORDED, "auto, ragged", "textbook, ragged"),  # benchmarks.toy judges it, in a process of its own
     Bar("toy", BACKWARD, "auto, ragged", "textbook, ragged"),
-    Bar("memory", PEAK, f"additive, {IMPL}", at_most=100),
-    Bar("memory", PEAK, f"additive, lengths and causal, {IMPL}", at_most=100),
-    Bar("memory", PEAK, f"additive, dropout, {IMPL}", at_most=100),
+    Bar("memory", PEAK, f"additive, {IMPL}", at_most=100, unit="MB"),
+    Bar("memory", PEAK, f"additive, lengths and causal, {IMPL}", at_most=100, unit="MB"),
+    Bar("memory", PEAK, f"additive, dropout, {IMPL}", at_most=100, unit="MB"),
 )
 
 
@@ -147,25 +129,11 @@ def fits(case: Case, entry: str) -> bool:
 # --- Checking and timing.
 
 
-class Run(NamedTuple):
-    case: str
-    entry: str
-    what: str
-    threads: int = 1
-
-
-class Result(NamedTuple):
-    """Median seconds, or megabytes of a peak; and the largest error of what was computed."""
-
-    run: Run
-    value: float
-    error: float = 0.0
-
-
 def timed(case: Case) -> list[Result]:
     """Check every entry, then time them; SystemExit where one is wrong."""
     torch.compiler.reset()
     given, errors, calls = draw(case), dict[Run, float](), dict[Run, Callable[[], object]]()
+    allowed = Allowed(OUTPUT, GRADIENT.get(case.score, 0.0))
     for entry in (entry for entry in case.entries if fits(case, entry)):
         contestant, variation = parts(entry)
         compiled = contestant.kind == "compiled"
@@ -177,56 +145,9 @@ def timed(case: Case) -> list[Result]:
         for threads in THREADS[:1] if compiled else THREADS:  # the number of threads is compiled in
             torch.set_num_threads(threads)
             for run in (Run(case.name, entry, what, threads) for what in case.passes):
-                out, errors[run] = check(run, call, given, rows, truth)
+                out, errors[run] = check(run, call, given, rows, truth, allowed)
                 calls[run] = partial(compute, run.what, call, given.leaves, torch.randn_like(out))
     return [Result(run, each, errors[run]) for run, each in medians(calls).items()]
-
-
-def compute(what: str, call: Call, leaves: dict[str, Tensor], upstream: Tensor) -> list[Tensor]:
-    """What one pass makes: the output, and after a backward the gradients of the leaves."""
-    with torch.set_grad_enabled(what != FORWARD):
-        out = call()
-    if what != BACKWARD:
-        return [out]
-    return [out, *torch.autograd.grad(out, tuple(leaves.values()), upstream, materialize_grads=True)]
-
-
-def exact(given: Given, kind: str, variation: Variation, rows: Tensor) -> list[Tensor]:
-    """The output of rows and the gradients through them, in float64 and with a dense mask."""
-    mask, dropout_p = variation.allowed(given, rows), variation.dropout_p
-    inputs = (given.query, given.key, given.value)
-    query, key, value = (x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
-    given = Given(given.case, copy.deepcopy(given.score).double(), query, key, value, given.lens)
-    score = given.score
-    if kind == "dot products":
-        query, key, score = score.project_query(query), score.project_key(key), regard.ScaledDot()
-        value = value.unsqueeze(1) if given.case.heads > 1 else value
-    torch.manual_seed(0)
-    out = regard.attend(query[..., rows, :], key, value, score, mask, dropout_p=dropout_p, impl="chunked")
-    return [x.detach() for x in compute(BACKWARD, lambda: out, given.leaves, direction(out))]
-
-
-def direction(out: Tensor) -> Tensor:
-    """What is sent backward through the rows that are checked."""
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-
-
-def check(run: Run, call: Call, given: Given, rows: Tensor, truth: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """The output, and the largest error of it and of what gradients there are; SystemExit where one is too large."""
-    upstream = torch.zeros(*truth[0].shape[:-2], given.case.queries, truth[0].shape[-1])
-    upstream[..., rows, :] = direction(truth[0]).float()
-    torch.manual_seed(0)
-    out, *gradients = compute(run.what, call, given.leaves, upstream)
-    worst = 0.0
-    for name, right, found in zip(("output", *given.leaves), truth, (out[..., rows, :], *gradients), strict=False):
-        order, allowed = (math.inf, OUTPUT) if name == "output" else (2, GRADIENT[given.case.score])
-        error = (vector_norm(found - right, order) / vector_norm(right, order).clamp(min=1e-30)).item()
-        if not error <= allowed:  # NaN is not
-            what = name if name == "output" else f"gradient of {name}"
-            where = f"{run.case}: {run.entry}, {run.what}, threads: {run.threads}"
-            raise SystemExit(f"{where}: {what} is off by {error:.1e}, more than {allowed:.0e}; so it is not timed")
-        worst = max(worst, error)
-    return out.detach(), worst
 
 
 def medians(calls: dict[Run, Callable[[], object]]) -> dict[Run, float]:
@@ -295,30 +216,6 @@ def fma_peak() -> float:
 # --- Showing.
 
 
-def least(results: Iterable[Result], case: str, entry: str, what: str, threads: int = 1) -> float:
-    """The least value of the entries that fit; NaN where there is none."""
-    fitting = (each for each in results if (each.run.case, *each.run[2:]) == (case, what, threads))
-    return min((each.value for each in fitting if fnmatchcase(each.run.entry, entry)), default=math.nan)
-
-
-def judged(bar: Bar, results: Sequence[Result]) -> tuple[float | None, bool | None]:
-    """What was measured (None: not all of it), and whether the bar holds (None: it has no limit)."""
-    measured = least(results, bar.case, bar.over, bar.what, bar.threads[0])
-    if bar.under:
-        measured /= least(results, bar.case, bar.under, bar.what, bar.threads[1])
-    held = (bar.at_least or 0.0) <= measured <= (bar.at_most or math.inf) if bar.at_least or bar.at_most else None
-    return None if math.isnan(measured) else measured, held
-
-
-def verdict(bar: Bar, measured: float | None, held: bool | None) -> str:
-    name = f"{bar.over} / {bar.under}" if bar.under else f"{bar.over}, MB"
-    threads = "" if bar.threads == (1, 1) else ", threads {} / {}".format(*bar.threads)
-    number = "not measured" if measured is None else f"{measured:.3g}"
-    limit = f"at most {bar.at_most:g}" if bar.at_most else f"at least {bar.at_least:g}" if bar.at_least else ""
-    said = {None: "", True: "held", False: "MISSED"}[held]
-    return f"  {bar.case:10}{bar.what:20}{name + threads:40}{number:>13}  {limit:15}{said}".rstrip()
-
-
 def detailed(result: Result, peak: float) -> dict[str, Any]:
     """A result by names. Its rate counts all elements of Lq × Lk × hidden, masked ones too."""
     run, value, error = result
@@ -350,50 +247,6 @@ def table(name: str, results: Sequence[Result], peak: float) -> str:
     return "\n".join(lines)
 
 
-MARKS = {  # colours of Okabe & Ito, which all can tell apart; the side of the label that meets the mark
-    "dot products": ("D", "#0072B2", "right"),
-    "regard": ("o", "#D55E00", "left"),
-    "compiled": ("s", "#009E73", "left"),
-    "as written": ("^", "#000000", "left"),
-}
-
-
-def chart(results: Sequence[Result], facts: dict[str, Any]) -> Figure:
-    """Forward times on one thread: a line for each case and variation, a mark for the fastest of each kind."""
-    lines: dict[str, dict[str, float]] = {}
-    for (case, entry, what, threads), value, _ in results:
-        if what in (FORWARD, RECORDED) and threads == 1:
-            line = lines.setdefault(", ".join([str(CASES[case]), *entry.split(", ")[1:]]), {})
-            kind = parts(entry)[0].kind
-            line[kind] = min(1e3 * value, line.get(kind, math.inf))
-    figure = Figure((8, 0.3 * len(lines) + 1.6), layout="constrained")
-    ax = figure.subplots()
-    for y, line in enumerate(lines.values()):
-        ax.plot([min(line.values()), max(line.values())], [y, y], color="0.85", zorder=0)
-        for kind, milliseconds in sorted(line.items(), key=lambda each: [*MARKS].index(each[0])):
-            marker, colour, side = MARKS[kind]
-            ax.plot(milliseconds, y, marker, color=colour)
-            if line is max((each for each in lines.values() if kind in each), key=len):  # there, among its like
-                label = ax.annotate(kind, (milliseconds, y), xytext=(0, 3), textcoords="offset points")
-                label.set(color=colour, fontsize="small", ha=side, va="bottom")
-    ax.set(xscale="log", xlabel="milliseconds of a forward pass, projections included")
-    ax.set_yticks(range(len(lines)), labels=list(lines))
-    ax.invert_yaxis()
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.spines[["top", "right"]].set_visible(False)
-
-    def typical(over: str, under: str) -> str:
-        ratios = [line[over] / line[under] for line in lines.values() if over in line and under in line]
-        ratio = statistics.median(ratios) if ratios else math.nan
-        return f"{ratio:.1f} ×" if ratio < 10 else f"{ratio:,.0f} ×"
-
-    against = f"regard: {typical('regard', 'dot products')} the time of dot products"
-    figure.suptitle(f"{against}, {typical('as written', 'regard')} faster than code as written (medians)")
-    about = f"one thread of {facts['cpu']} ({facts['capability']}), torch {facts['torch']}"
-    figure.supxlabel(about, fontsize="small", color="0.3")
-    return figure
-
-
 # --- The job.
 
 
@@ -420,14 +273,10 @@ def main() -> int:
     print("\nwhat must hold", *(verdict(bar, *judgement) for bar, judgement in judgements.items()), sep="\n")
     if options.json:
         measured = [detailed(each, facts["fma_per_second"]) for each in results]
-        bars = [{**bar._asdict(), "measured": ratio, "held": held} for bar, (ratio, held) in judgements.items()]
-        with replacing(options.json) as part:
-            record = {"machine": facts, "results": measured, "bars": bars}
-            part.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        keep(options.json, judgements, machine=facts, results=measured)
     if options.chart:
-        kind = options.chart.suffix[1:]
-        with replacing(options.chart) as part, mpl.rc_context({"svg.hashsalt": "regard"}):
-            chart(results, facts).savefig(part, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+        about = f"one thread of {facts['cpu']} ({facts['capability']}), torch {facts['torch']}"
+        write(chart(results, CASES, about), options.chart)
     return int(any(held is False for _, held in judgements.values()))
 
 

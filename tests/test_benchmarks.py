@@ -16,8 +16,21 @@ from torch import Tensor
 
 import regard
 from benchmarks import __main__, cpu
-from benchmarks.contestants import BACKWARD, CONTESTANTS, FORWARD, VARIATIONS, Call, Case, Contestant, Given, by_regard
-from benchmarks.cpu import BARS, CASES, Bar, Result, Run
+from benchmarks.chart import chart
+from benchmarks.contestants import (
+    BACKWARD,
+    CONTESTANTS,
+    FORWARD,
+    VARIATIONS,
+    Call,
+    Case,
+    Contestant,
+    Given,
+    Variation,
+    by_regard,
+)
+from benchmarks.cpu import BARS, CASES
+from benchmarks.measured import Bar, Result, Run, judged
 
 
 def shrunk(case: Case) -> Case:
@@ -52,7 +65,7 @@ def test_every_bar_compares_what_is_timed() -> None:
     runs = (Run(case.name, entry, what, n) for case in CASES.values() for entry in case.entries for what in case.passes
             for n in (1, 2))  # fmt: skip
     everything = [*peaks, *(Result(run, 1.0) for run in runs)]
-    assert [bar for bar in BARS if cpu.judged(bar, everything)[0] != 1.0] == []
+    assert [bar for bar in BARS if judged(bar, everything)[0] != 1.0] == []
 
 
 # --- What is wrong is not timed.
@@ -83,7 +96,7 @@ FAULTS = {
 def test_a_wrong_contestant_ends_it(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, named = FAULTS[fault]
 
-    def wrong(given: Given, variation: cpu.Variation) -> Call:
+    def wrong(given: Given, variation: Variation) -> Call:
         right = by_regard(given, variation, "auto")
         return lambda: change(given, right())
 
@@ -95,7 +108,7 @@ def test_a_wrong_contestant_ends_it(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wrong_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unmasked(given: Given, variation: cpu.Variation) -> Call:
+    def unmasked(given: Given, variation: Variation) -> Call:
         return by_regard(given, VARIATIONS[""], "auto")
 
     monkeypatch.setitem(CONTESTANTS, "regard", Contestant("regard", unmasked))
@@ -116,12 +129,12 @@ def test_a_bar_holds_or_is_missed() -> None:
     results = [Result(Run("c", "compiled a", FORWARD), 3.0), Result(Run("c", "compiled b", FORWARD), 2.0)]
     results += [Result(Run("c", "regard", FORWARD), 0.5), Result(Run("c", "regard", FORWARD, 2), 0.25)]
     fastest = Bar("c", FORWARD, "compiled *", "regard")
-    assert cpu.judged(fastest, results) == (4.0, None)
-    assert cpu.judged(fastest._replace(at_most=3.9), results) == (4.0, False)
-    assert cpu.judged(fastest._replace(at_least=4.0), results) == (4.0, True)
-    assert cpu.judged(Bar("c", FORWARD, "regard", "regard", at_least=1.7, threads=(1, 2)), results) == (2.0, True)
-    assert cpu.judged(Bar("c", BACKWARD, "regard", "compiled a", at_most=9.0), results) == (None, False)
-    assert cpu.judged(Bar("c", FORWARD, "regard", at_most=0.4), results) == (0.5, False)
+    assert judged(fastest, results) == (4.0, None)
+    assert judged(fastest._replace(at_most=3.9), results) == (4.0, False)
+    assert judged(fastest._replace(at_least=4.0), results) == (4.0, True)
+    assert judged(Bar("c", FORWARD, "regard", "regard", at_least=1.7, threads=(1, 2)), results) == (2.0, True)
+    assert judged(Bar("c", BACKWARD, "regard", "compiled a", at_most=9.0), results) == (None, False)
+    assert judged(Bar("c", FORWARD, "regard", at_most=0.4), results) == (0.5, False)
 
 
 def test_what_would_be_too_large_is_not_run_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +171,7 @@ def test_the_chart_marks_the_fastest_of_each_kind() -> None:
     entries = {"regard": 0.002, "SDPA": 0.001, "compiled textbook": 0.05, "compiled expression": 0.02, "textbook": 0.2}
     results = [Result(Run("256-128", entry, FORWARD), each) for entry, each in entries.items()]
     results += [Result(Run("256-128", "regard, ragged", FORWARD), 0.004), Result(Run("256-16", "regard", BACKWARD), 1)]
-    figure = cpu.chart(results, {"cpu": "a", "capability": "b", "torch": "c"})
+    figure = chart(results, cpu.CASES, "one thread of a (b), torch c")
     (ax,) = figure.axes
     title = str(CASES["256-128"]).replace("4 × 256 × 256, hidden 128", str(cpu.CASES["256-128"]))
     assert [label.get_text() for label in ax.get_yticklabels()] == [title, f"{title}, ragged"]
@@ -167,10 +180,10 @@ def test_the_chart_marks_the_fastest_of_each_kind() -> None:
     assert figure.get_suptitle().startswith("regard: 2.0 × the time of dot products, 100 × faster than code as written")
 
 
-@pytest.mark.parametrize("arguments", [[], ["gpu"]])
+@pytest.mark.parametrize("arguments", [[], ["tpu"]])
 def test_an_unknown_benchmark_is_refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
     assert __main__.main() == 2
-    assert "cpu,toy,memory,alignment" in capsys.readouterr().err
+    assert "cpu,gpu,model,toy,memory,alignment" in capsys.readouterr().err

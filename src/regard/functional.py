@@ -121,9 +121,11 @@ class Explanation:
     implementation: str
     refused: dict[str, str]
     memory_bytes: int
+    formulation: str | None = None  # how, where the implementation has several ways: its name, why, and its error
 
     def __str__(self) -> str:
         lines = [f"{self.implementation}, about {self.memory_bytes / 2**20:.1f} MiB beyond inputs and outputs"]
+        lines += [f"  by {self.formulation}"] if self.formulation else []
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
 
 
@@ -147,13 +149,15 @@ def explain(
     chunked, about 20.0 MiB beyond inputs and outputs
       not sdpa: rows with keys of their own would need a float mask of Lq × Lk
       not cpu: it computes additive and L1 scores only
+      not gpu: it runs on NVIDIA GPUs, not on the cpu
     """
     with torch.random.fork_rng(devices=[]):  # the seed of a dropout that does not happen
         problem = lower(query, key, value, score, mask, bias, normalizer, dropout_p, enable_gqa)
     chosen = kernels.choose(problem, impl)
     reasons = {each.name: kernels.refusal(each, problem) for each in kernels.TABLE.values()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Explanation(chosen.name, refused, chosen.memory(problem))
+    formulation = None if chosen.formulation is None else str(chosen.formulation(problem))
+    return Explanation(chosen.name, refused, chosen.memory(problem), formulation)
 
 
 def lower(

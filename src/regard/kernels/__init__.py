@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regard.kernels import chunked, cpu, sdpa
+from regard.kernels import chunked, cpu, gpu, sdpa
 from regard.problem import Problem, Shift
 from regard.transforms import transforming
 
@@ -28,6 +28,7 @@ class Implementation(NamedTuple):
     run: Run  # out, and the log-sum-exp if it comes by the way
     memory: Callable[[Problem], int]  # bytes it needs beyond inputs and outputs, roughly
     small: int = 0  # bytes of the whole matrix, below which `auto` computes that instead, unless torch traces
+    formulation: Callable[[Problem], object] | None = None  # how it computes this problem, where it has several ways
 
 
 # The whole matrix is the cheapest for small problems, and what remains when all else refuses.
@@ -42,6 +43,7 @@ TABLE = {
     for implementation in (
         Implementation("sdpa", sdpa.refuses, sdpa.run, sdpa.memory),
         Implementation("cpu", cpu.refuses, cpu.run, cpu.memory, small=2**17),
+        Implementation("gpu", gpu.refuses, gpu.run, gpu.memory, small=2**26, formulation=gpu.formulation),
         Implementation("chunked", chunked.refuses, chunked.run, chunked.memory, small=2**20),
         WHOLE,
     )
