@@ -52,7 +52,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(embedding=128, hidden=256, layers=2, dropout=0.2, batch=128, rate=2e-3, epochs=28),
+    "small": Size(embedding=128, hidden=256, layers=2, dropout=0.2, batch=128, rate=2e-3, epochs=34),
     "large": Size(embedding=256, hidden=512, layers=3, dropout=0.4, batch=256, rate=1e-3, epochs=120),
 }
 PUBLISHED = (  # on the 12,000 test words of the split: PER and WER in percent
