@@ -907,7 +907,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: made(mask=torch.ones(2, 9) > 0), ValueError, r"mask has shape \(2, 9\); .* broadcast to \(2, 1, 9\)"),
     (lambda: made(normalizer=regard.Softmax), TypeError, "normalizer is .*; it must be a Normalizer"),
     (lambda: made(dropout_p=1.5), ValueError, "dropout_p is 1.5; it must be a number in 0 .. 1"),
-    (lambda: made(impl="gpu").attend(ROW), ValueError, "impl is 'gpu'; it must be 'auto' or one of"),
+    (lambda: made(impl="tpu").attend(ROW), ValueError, "impl is 'tpu'; it must be 'auto' or one of"),
     (lambda: made().attend([1]), TypeError, "query is a list; it must be a Tensor"),
     (lambda: made().attend(ROW.double()), ValueError, "query is torch.float64 on cpu; it must be torch.float32 on cpu"),
     (lambda: made().attend(ROW.long()), ValueError, "query is torch.int64 on cpu; it must be torch.float32"),

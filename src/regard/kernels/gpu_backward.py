@@ -123,20 +123,23 @@ def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, o
            grad_map, grad_x, grad_y, kappa, slope,
            RATIONAL: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STRETCH: tl.constexpr):  # fmt: skip
     """out: (maps, x_total, units); v_sums, if asked for: (maps, blocks, units), Σ G u or Σ G s (a + b)."""
+    # Pairs of y at once: more would take more registers than there are.
+    PAIRS: tl.constexpr = 2 if RATIONAL else 1  # pyright: ignore[reportAssignmentType]
     blocks = tl.cdiv(length, BLOCK)
     block, m = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    x_map, y_map = m // x_group, m // y_group
-    x, h = block * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    x_inside, h_inside = (x < length)[:, None], h < units
-    x = tl.minimum(x, length - 1)  # so that all is read without a mask: what lies outside is not stored
+    x_map, y_map, start = m // x_group, m // y_group, block * BLOCK
+    x, h = tl.arange(0, BLOCK), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    x_inside, h_inside = (x < length - start)[:, None], h < units
+    x = tl.minimum(x, length - start - 1)  # so that all is read without a mask: what lies outside is not stored
     h = tl.max_contiguous(tl.multiple_of(h % units, 16), 16)
-    places = (first_x + x)[:, None].to(tl.int64) * units + h[None, :]
-    x_plain += x_map * x_total * units
-    x_power += x_map * x_total * units
-    x_most += (x_map * tl.cdiv(x_total, STRETCH) + (first_x + block * BLOCK) // STRETCH) * units
+    places = x[:, None] * units + h[None, :]
+    x_plain += (x_map * x_total + first_x + start) * units
+    x_power += (x_map * x_total + first_x + start) * units
+    x_most += (x_map * tl.cdiv(x_total, STRETCH) + (first_x + start) // STRETCH) * units
     y_plain += (y_map * y_total + first_y) * units
     y_power += (y_map * y_total + first_y) * units
     y_most += (y_map * tl.cdiv(y_total, STRETCH) + first_y // STRETCH) * units
+    out += (m * x_total + first_x + start) * units
     grad += m * grad_map
     spans += (m * blocks + block) * 2
     low, high = tl.load(spans), tl.load(spans + 1)
@@ -150,10 +153,10 @@ def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, o
             in_reach = tl.max(tl.load(x_most + h) + tl.load(y_most + stretch * units + h)) < LOG2_LIMIT
         if in_reach:
             b_at = y_power + y.to(tl.int64) * units + h
-            g_at = grad + x.to(tl.int64) * grad_x + y.to(tl.int64) * grad_y
-            fours = (stop - y) // 4
-            for _ in range(fours):
-                for _ in tl.static_range(2):
+            g_at = grad + (start + x).to(tl.int64) * grad_x + y.to(tl.int64) * grad_y
+            times = (stop - y) // (2 * PAIRS)
+            for _ in range(times):
+                for _ in tl.static_range(PAIRS):
                     g0, g1 = tl.load(g_at)[:, None], tl.load(g_at + grad_y)[:, None]
                     b0, b1 = tl.load(b_at)[None, :], tl.load(b_at + units)[None, :]
                     if RATIONAL:
@@ -166,10 +169,10 @@ def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, o
                         sums, of_v = added_rectified(g1, a + b1, slope, sums, of_v, v_sums)
                     g_at += 2 * grad_y
                     b_at += 2 * units
-            y += 4 * fours
-        g_at = grad + x.to(tl.int64) * grad_x + y.to(tl.int64) * grad_y
+            y += 2 * PAIRS * times
+        g_at = grad + (start + x).to(tl.int64) * grad_x + y.to(tl.int64) * grad_y
         b_at = y_plain + y.to(tl.int64) * units + h
-        for _ in range(stop - y):  # of what is out of reach, the sum first; and what is left of four
+        for _ in range(stop - y):  # of what is out of reach, the sum first; and what is left of pairs
             g, b = tl.load(g_at)[:, None], tl.load(b_at)[None, :]
             g_at += grad_y
             b_at += units
@@ -183,7 +186,7 @@ def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, o
     scale = tl.load(v + (m % v_heads) * hidden + h, mask=h < hidden, other=0.0)
     if RATIONAL:
         scale *= kappa * kappa
-    tl.store(out + m * x_total * units + places, sums * scale[None, :], mask=x_inside & h_inside[None, :])
+    tl.store(out + places, sums * scale[None, :], mask=x_inside & h_inside[None, :])
     if v_sums is not None:
         of_v = tl.sum(tl.where(x_inside, of_v, 0.0), 0)
         tl.store(v_sums + (m * blocks + block) * units + h, of_v, mask=h_inside)

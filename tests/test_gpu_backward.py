@@ -1,0 +1,235 @@
+"""The gradients of additive scores in Triton: interpreted on the CPU against float64, and compiled without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from oracle import EPS, rms
+from test_gpu import assembly
+from torch import Tensor
+
+from regard.reference import AdditivePair
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """Another process, as Triton interprets all that is imported while TRITON_INTERPRET is set, or nothing."""
+    with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
+        yield pool
+
+
+@dataclass(frozen=True)
+class Case:
+    activation: str = "tanh"
+    queries: int = 70  # two slabs
+    keys: int = 35
+    hidden: int = 5
+    size: float = 1.0
+    offset: float = 0.0
+    maps: int = 1
+    key_maps: int = 1
+    v_heads: int = 1
+    causal: bool = False
+
+    def __str__(self) -> str:
+        plain = Case()
+        return ", ".join(f"{k}={x}" for k, x in vars(self).items() if x != getattr(plain, k)) or "plain"
+
+
+# --- What is right.
+
+
+def exact(case: Case, inputs: tuple[Tensor, ...], grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The gradients by a (maps, Lq, D), b (key maps, Lk, D) and v (v heads, D), in a dtype."""
+    a, b, v = (x.to(dtype).requires_grad_() for x in inputs)
+    each_v = v.repeat(case.maps // case.v_heads, 1)[:, None, None]
+    scores = AdditivePair(each_v, case.activation)(a, b.repeat_interleave(case.maps // case.key_maps, 0))
+    return torch.autograd.grad(scores, (a, b, v), grad.to(dtype))
+
+
+def check(case: Case, fault: str = "none") -> None:
+    """AssertionError where a gradient is further from float64's than 3 × plain float32, and two roundings."""
+    from regard.kernels import gpu_backward as kernels
+
+    generator = torch.Generator().manual_seed(case.queries + case.keys + case.hidden)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    a = draw(case.maps, case.queries, case.hidden) * case.size + case.offset
+    b = draw(case.key_maps, case.keys, case.hidden) * case.size - case.offset
+    v = draw(case.v_heads, case.hidden)
+    grad = draw(case.maps, case.queries, case.keys)
+    if case.causal:
+        grad = grad.tril(-1)
+    with FAULTS[fault](kernels):
+        found = gradients(kernels, case, a, b, v, grad)
+    true, naive = (exact(case, (a, b, v), grad, dtype) for dtype in (torch.float64, torch.float32))
+    for name, ours, x, plain in zip("abv", found, true, naive, strict=True):
+        rounding = float(grad.norm()) if name == "v" else 1.0  # of an activation, which is about 1, in each pair
+        budget = 3 * rms(plain - x) + 2 * EPS * max(rounding, float(x.abs().max()))
+        error = rms(ours - x)
+        assert error <= budget, f"{case}: {name} is off by {error:.2e}; its budget is {budget:.2e}"
+
+
+def gradients(kernels: Any, case: Case, a: Tensor, b: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    moved: tuple[Tensor | None, ...] = (None, None)
+    if case.activation in kernels.KAPPA:
+        centre = b.double().mean(1, keepdim=True)
+        moved = a.double() + centre.repeat_interleave(case.maps // case.key_maps, 0), b.double() - centre
+    row, key = (kernels.side(x, each, case.activation) for x, each in zip((a, b), moved, strict=True))
+    units = row.plain.shape[2]
+    of_row = torch.full((case.maps, case.queries, units), torch.nan)
+    of_key, of_v = torch.zeros(case.key_maps, case.keys, units), torch.zeros(case.maps, units, dtype=torch.float64)
+    for first in range(0, case.queries, kernels.STRETCH):
+        slab = grad[:, first : first + kernels.STRETCH].contiguous()
+        slope = 0.2 if case.activation == "leaky_relu" else 0.0
+        given = (row, key, v, case.activation, slope, slab, first)
+        kernels.by_rows(*given, spans(slab, kernels.BLOCK), of_row, of_v)
+        kernels.by_keys(*given, spans(slab.mT, kernels.BLOCK), of_key)
+    of_v = of_v.unflatten(0, (-1, case.v_heads)).sum(0)
+    return tuple(x[..., : case.hidden] for x in (of_row, of_key, of_v))
+
+
+def spans(grad: Tensor, block: int) -> Tensor:
+    """Where each block of rows of (maps, rows, columns) is not 0."""
+    each = []
+    for part in grad.split(block, 1):
+        for some in part.ne(0).any(1):
+            places = some.nonzero()
+            each.append((int(places.min()), int(places.max()) + 1) if len(places) else (0, 0))
+    return torch.tensor(each, dtype=torch.int32).view(-1, len(grad), 2).transpose(0, 1)
+
+
+ACTIVATIONS = ("tanh", "sigmoid", "relu", "leaky_relu")
+CASES = (
+    *(Case(activation) for activation in ACTIVATIONS),
+    *(Case(activation, 1, 1, 1) for activation in ACTIVATIONS),
+    *(Case(queries=queries, keys=keys) for queries, keys in ((1, 67), (31, 4), (32, 64), (33, 65))),
+    *(Case(activation, hidden=hidden) for activation in ("tanh", "relu") for hidden in (16, 33)),
+    Case(queries=9, keys=7, hidden=70),  # two programs' hidden units
+    *(Case(activation, causal=True) for activation in ("tanh", "leaky_relu")),
+    *(Case(activation, maps=4, key_maps=2, v_heads=4, causal=True) for activation in ("sigmoid", "leaky_relu")),
+    Case(maps=4, key_maps=4, v_heads=2, queries=9),
+    *(Case(activation, size=size) for activation in ("tanh", "sigmoid") for size in (1e-3, 6.0, 50.0, 1e4)),
+    *(Case(activation, offset=1e4) for activation in ACTIVATIONS),
+    Case("relu", size=1e4),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_right(case: Case, interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check, case).result()
+
+
+# --- The check can fail.
+
+
+def changed(name: str, change: Callable[..., Any]) -> Callable[[Any], AbstractContextManager[Any]]:
+    """Replaces a function of the kernels by one whose arguments are changed."""
+
+    def replaced(kernels: Any) -> AbstractContextManager[Any]:
+        true = getattr(kernels, name)
+        return mock.patch.object(kernels, name, lambda *given: true(*change(*given)))
+
+    return replaced
+
+
+FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "none": lambda _: nullcontext(),
+    "all is in reach": changed("Side", lambda plain, power, most: (plain, power, torch.zeros_like(most))),
+    "another slab": changed("by_rows", lambda *x: (*x[:6], 0, *x[7:])),
+    "a row missing": changed("by_keys", lambda *x: (*x[:5], x[5].index_fill(1, torch.tensor(0), 0.0), *x[6:])),
+    "a key missing": changed("by_rows", lambda *x: (*x[:7], x[7] - torch.tensor([0, 1], dtype=torch.int32), *x[8:])),
+    "another head's v": changed("by_keys", lambda *x: (*x[:2], x[2].flip(0), *x[3:])),
+    "another slope": changed("by_rows", lambda *x: (*x[:4], 0.0, *x[5:])),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        ("all is in reach", Case(size=1e4)),
+        ("another slab", Case()),
+        ("a row missing", Case()),
+        ("a key missing", Case()),
+        ("another head's v", Case(maps=2, key_maps=2, v_heads=2, queries=9)),
+        ("another slope", Case("leaky_relu")),
+    ],
+)
+def test_a_fault_is_caught(fault: str, case: Case, interpreter: ProcessPoolExecutor) -> None:
+    with pytest.raises(AssertionError, match="is off by"):
+        interpreter.submit(check, case, fault).result()
+
+
+# --- Compiled for GPUs that need not be there: nothing spills, and two elements share a reciprocal.
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rational", [True, False])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_it_compiles_to_few_instructions(by_rows: bool, rational: bool, capability: int, tmp_path: Path) -> None:
+    kernel = compiled(by_rows, rational, capability)
+    usage = assembly(kernel.asm["cubin"], "-res-usage", tmp_path)
+    assert "STACK:0 " in usage
+    assert "LOCAL:0 " in usage
+    if rational:
+        loop = product_loop(assembly(kernel.asm["cubin"], "-sass", tmp_path))
+        elements = 2 * loop["MUFU.RCP"]
+        assert elements == 64  # of a thread at once: four rows, four hidden units, four keys
+        fused = sum(loop[name] + 2 * loop[name + "2"] for name in ("FFMA", "FMUL", "FADD"))
+        assert fused == (5.5 if by_rows else 4.5) * elements
+        assert loop.total() <= (7 if by_rows else 6.2) * elements
+
+
+def compiled(by_rows: bool, rational: bool, capability: int) -> Any:
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    from regard.kernels import gpu_backward as kernels
+
+    constants: dict[str, Any] = {"grad_y": 1, "x_group": 1} if by_rows else {"grad_x": 1, "y_group": 1, "v_sums": None}
+    constants |= {"RATIONAL": rational, "BLOCK": kernels.BLOCK, "WIDTH": 64, "STRETCH": kernels.STRETCH}
+    kinds = dict.fromkeys(("v", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32", "kappa": "fp32", "slope": "fp32"}
+    kinds |= {f"{side}_{name}": "*fp32" for side in "xy" for name in kernels.Side._fields}
+    names = kernels.slopes.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    aligned = [n for n, name in enumerate(names) if name == "units" or signature[name].startswith("*")]
+    source = compiler.ASTSource(
+        kernels.slopes, signature, constants, {(n,): [["tt.divisibility", 16]] for n in aligned}
+    )
+    options = {"num_warps": 4, "maxnreg": kernels.REGISTERS}
+    return compiler.compile(source, GPUTarget("cuda", capability, 32), options)
+
+
+def product_loop(listing: str) -> Counter[str]:
+    """The instructions of the loop that takes reciprocals and no power."""
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", listing)]
+    for end, text in found:
+        target = re.search(r"^BRA.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < end:
+            body = [text.split()[0] for at, text in found if int(target[1], 16) <= at <= end]
+            loop = Counter(name if name.startswith("MUFU") else name.split(".")[0] for name in body)
+            if loop["MUFU.RCP"] and not loop["MUFU.EX2"]:
+                return loop
+    raise AssertionError("no such loop")
