@@ -18,6 +18,7 @@ import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -334,6 +335,8 @@ def as_device(text: str) -> torch.device:
 def run(asked: argparse.Namespace) -> None:
     if not 0 <= asked.seed < 2**31:
         raise ValueError(f"--seed is {asked.seed}; it must be in 0 .. 2³¹ − 1")
+    if asked.rival and find_spec("phonetisaurus") is None:
+        raise ValueError("--rival is Phonetisaurus, which is not installed: pip install phonetisaurus")
     learnt_from, development = split(read(asked.train), asked.development)
     test = read(asked.test) if asked.test else {}
     examples = [(word, sounds) for word in learnt_from for sounds in learnt_from[word]]

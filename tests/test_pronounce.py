@@ -224,6 +224,15 @@ def test_a_rival_learns_the_same_words(
     assert [list(words) for words in learnt_from] == [["abba", "back", "kab", "cab"]]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
+def test_refuses_a_rival_that_is_not_there_before_it_learns(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pronounce, "find_spec", lambda name: None)
+    assert called(monkeypatch, "--train", files["train"], "--out", files["out"], "--rival") == 2
+    assert "pip install phonetisaurus" in capsys.readouterr().err
+    assert not files["out"].exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

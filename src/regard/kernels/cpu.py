@@ -217,7 +217,7 @@ def _attend(*given: Any) -> tuple[Tensor, Tensor]:
     if prepared is not None:
         problem.prepared = prepared.data_ptr()
         problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
-    call("regard_forward", problem)
+    _call("regard_forward", problem)
     return out, lse
 
 
@@ -236,7 +236,7 @@ def _scores(*given: Any) -> Tensor:
     scores = torch.empty(*sides.query.shape[:-1], sides.key.shape[-2])
     problem = _problem(sides)
     problem.scores = scores.data_ptr()
-    call("regard_scores", problem)
+    _call("regard_scores", problem)
     return scores
 
 
@@ -258,7 +258,7 @@ def _shifted_scores(*given: Any) -> Tensor:
         filters = filters.float().contiguous()
         problem.filters, (_, problem.seen_channels, problem.taps) = filters.data_ptr(), filters.shape
     problem.scores = scores.data_ptr()
-    call("regard_shifted_scores", problem)
+    _call("regard_shifted_scores", problem)
     return scores
 
 
@@ -268,7 +268,7 @@ def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     problem.outer, problem.inner, problem.queries, problem.keys = weights.shape
     problem.group, problem.width = max(1, weights.shape[1] // max(1, value.shape[1])), value.shape[-1]
     problem.scores, problem.value, problem.out = weights.data_ptr(), _tensor(value), _tensor(out)
-    call("regard_read", problem)
+    _call("regard_read", problem)
     return out
 
 
@@ -286,7 +286,7 @@ def prepare(pair: Pair, key: Tensor, room: int = 0, prepared: Tensor | None = No
         prepared, first = torch.empty(*key.shape[:2], size), 0
     problem.prepared = prepared.data_ptr()
     problem.prepared_outer, problem.prepared_inner = prepared.stride()[:2]
-    call("regard_prepare", problem, ctypes.c_int64(first))
+    _call("regard_prepare", problem, ctypes.c_int64(first))
     return prepared
 
 
@@ -306,7 +306,7 @@ def _gradients(
     for name, gradient in each.items():
         if gradient.numel():
             setattr(problem, f"grad_{name}", gradient.data_ptr())
-    call("regard_backward", problem)
+    _call("regard_backward", problem)
 
     def summed(name: str, x: Tensor) -> Tensor:
         if not wanted[name]:
@@ -359,8 +359,8 @@ def installed() -> ctypes.CDLL:
     return LIBRARY
 
 
-def call(name: str, given: ctypes.Structure, *more: ctypes.c_int64) -> None:
-    if getattr(installed(), name)(ctypes.byref(given), *more):
+def _call(name: str, problem: _Problem, *more: ctypes.c_int64) -> None:
+    if getattr(installed(), name)(ctypes.byref(problem), *more):
         raise MemoryError(f"{name} found no memory to work in")
 
 

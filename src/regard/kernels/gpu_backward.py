@@ -21,13 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.kernels.gpu import KAPPA
 from regard.kernels.gpu_forward import ALL, reciprocal
 
 BLOCK = 32  # rows or keys of a program
 STRETCH = 64  # rows or keys that one range is known of; slabs begin at multiples of it
 UNITS = 16  # hidden units come in multiples of it
 REGISTERS = 168  # of a thread, so that three programs fit
-KAPPA = {"tanh": 2.0, "sigmoid": 1.0}
 REACH = 60.0  # of κ|a|, for e^κa to be taken
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_LIMIT = tl.constexpr(61.0)  # of E F, where two share a reciprocal: (1 + 2^61)² < 2^126
