@@ -410,7 +410,7 @@ def of_gradients(
 # --- Registration.
 
 
-def one_by_one(operator: Any) -> Callable[..., Any]:
+def _one_by_one(operator: Any) -> Callable[..., Any]:
     """vmap of an operator, as a loop."""
 
     def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> tuple[Any, Any]:
@@ -428,7 +428,7 @@ def one_by_one(operator: Any) -> Callable[..., Any]:
 def register(function: type[Saving]) -> None:
     """Makes an operator's derivative and vmap known."""
     LIBRARY.impl(function.operator, function.call, "Autograd")
-    torch.library.register_vmap(function.operator, one_by_one(function.operator), lib=LIBRARY)
+    torch.library.register_vmap(function.operator, _one_by_one(function.operator), lib=LIBRARY)
 
 
 for _each in (_Attend, _AttendBackward, _Scores, _ShiftedScores, _Weighted, _ScoresBackward):
