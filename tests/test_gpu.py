@@ -36,9 +36,12 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    gpu.TILE = gpu.Tile(rows=16, keys=16, width=16, chunk=16)  # so that small problems have several
+    gpu.TILE = gpu.PRODUCT = gpu.Tile(rows=16, keys=16, width=16, chunk=16)  # so that small problems have several
     gpu.ONE, gpu.UNITS, gpu.PROGRAMS = gpu.Tile(rows=1, keys=16, width=16), 16, 4
     gpu.SLAB_BYTES = 4096
+    from regard.kernels import gpu_backward
+
+    gpu_backward.BLOCK = 16
 
 
 @pytest.fixture(scope="module")
@@ -348,21 +351,22 @@ def assembly(binary: bytes, flag: str, folder: Path) -> str:
 
 
 WITH_ALL, PLAIN = {}, {"bounds": None, "keep": None, "seed": None}
-FORWARD = {"ROWS": 32, "KEYS": 128, "CHUNK": 16}
+HALVES = {"value": "*bf16", "value_rest": None}
 COMPILED = (
     [
-        ("forward", {**FORWARD, "KIND": kind, "WIDTH": width, **masks, **precision})
+        ("forward", {"KIND": kind, "WIDTH": width, "CHUNK": gpu.TILE.chunk, **masks, **precision})
         for kind, width, masks, precision in (
             ("rational", 128, WITH_ALL, {}),
             ("rational", 128, PLAIN, {}),
-            ("rational", 64, WITH_ALL, {"value": "*bf16", "value_rest": None}),
+            ("rational", 64, WITH_ALL, HALVES),
             ("leaky", 128, WITH_ALL, {}),
+            ("product", 128, WITH_ALL, {}),
             ("product", 128, PLAIN, {}),
-            ("product", 128, PLAIN, {"value": "*bf16", "value_rest": None}),
+            ("product", 128, WITH_ALL, HALVES),
         )
     ]
     + [
-        ("gradients", {"ROWS": 32, "KEYS": 128, "KIND": kind, **masks})
+        ("gradients", {"KIND": kind, **masks})
         for kind, masks in (("rational", WITH_ALL), ("rational", PLAIN), ("leaky", WITH_ALL), ("product", WITH_ALL))
     ]
     + [("decode", {"KEYS": 32, "UNITS": 64, "WIDTH": 128, "KIND": kind, **WITH_ALL}) for kind in ("rational", "leaky")]
@@ -374,18 +378,25 @@ COMPILED = (
 def test_it_compiles_without_spills(name: str, constants: dict[str, Any], capability: int, tmp_path: Path) -> None:
     from regard.kernels import gpu_forward
 
-    kernel = compiled(getattr(gpu_forward, name), capability, dict(constants))
+    kind = constants["KIND"]
+    tile = gpu.PRODUCT if kind == "product" else gpu.TILE
+    kernel = compiled(getattr(gpu_forward, name), capability, {"ROWS": tile.rows, "KEYS": tile.keys, **constants})
     usage = assembly(kernel.asm["cubin"], "-res-usage", tmp_path)
     assert "STACK:0 " in usage
     assert "LOCAL:0 " in usage
     instructions = innermost(assembly(kernel.asm["cubin"], "-sass", tmp_path))
-    if (
-        constants["KIND"] == "rational" and name != "decode"
-    ):  # of three units: 8 on the FMA pipes, one reciprocal, and what loads them
-        shared = instructions["MUFU.RCP"]
-        assert shared == gpu.TILE.rows * gpu.TILE.keys // 128
-        assert sum(instructions[name] + 2 * instructions[name + "2"] for name in ("FFMA", "FMUL", "FADD")) == 8 * shared
-        assert instructions.total() <= 12 * shared
+    each = tile.rows * tile.keys // 128  # of a thread
+    if name == "decode" or kind == "leaky":
+        return
+    assert instructions["MUFU.RCP"] == each
+    fused = sum(instructions[name] + 2 * instructions[name + "2"] for name in ("FFMA", "FMUL", "FADD"))
+    if kind == "rational":  # of three units: 8 on the FMA pipes, one reciprocal, and what loads them
+        assert fused == 8 * each
+        assert instructions.total() <= 12 * each
+    else:  # of four: two products of 16 terms, one reciprocal and one addition
+        assert instructions["HMMA"] == each
+        assert fused == each
+        assert instructions.total() <= 7 * each
 
 
 def innermost(listing: str) -> Counter[str]:

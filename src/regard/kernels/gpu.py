@@ -25,6 +25,7 @@ SATURATED = 18.2  # κ|x| beyond which the activation is ±1 (0 and 1) in float3
 LOG2_E = 1.4426950408889634
 REACH = 100.0  # |log2| of an exponential that is taken of one side alone
 CAP = 2.0**40  # of 1/|v|, v at most 1: what is smaller adds nothing
+LN_TERM = 40.0  # of a side's term, at most
 SLAB_BYTES = 2**28  # of the gradients and weights of backward's rows that are at hand at once
 SLAB_ROWS = 64  # they come in multiples of
 
@@ -39,6 +40,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile()
+PRODUCT = Tile(keys=64)  # of products on tensor cores, which take both sides from registers
 ONE = Tile(rows=1, keys=32)  # of one query
 UNITS = 64  # hidden units of its keys at once
 PROGRAMS = 1024  # that its keys are split over, of all maps
@@ -111,8 +113,8 @@ def formulation(problem: Problem) -> Formulation:
 class Laid(NamedTuple):
     """The first arguments of the kernels: see gpu_forward."""
 
-    row: Tensor  # (maps, units, length): E / v, or a
-    key: Tensor  # F, or b
+    row: Tensor  # (maps, units, length): E / v, or a; of products (maps, fours, 2, length, signs): E and C E
+    key: Tensor  # F, or b; of products (maps, fours, length, signs)
     row_sum: Tensor  # a
     key_sum: Tensor  # b
     constants: Tensor  # (v heads, units): 1 / v, or v
@@ -143,15 +145,15 @@ def laid(sides: ops.Sides, a: Tensor | None, b: Tensor | None) -> Laid:
     from regard.kernels.gpu_forward import AT_ONCE, FOUR, GROUP
 
     assert sides.v is not None
-    tensor_cores = kind(sides) == "product"
+    tensor_cores, tile = kind(sides) == "product", tile_of(sides)
     units = GROUP.value * FOUR.value if tensor_cores else GROUP.value  # come in multiples of
     v = F.pad(sides.v.double(), (0, -sides.v.shape[1] % units))
 
-    def turned(x: Tensor, tile: int) -> Tensor:
-        """(maps, length, D) as (maps, units, whole tiles)."""
-        return F.pad(x.mT, (0, -x.shape[1] % tile, 0, v.shape[1] - x.shape[2])).float().contiguous()
+    def turned(x: Tensor, block: int) -> Tensor:
+        """(maps, length, D) as (maps, units, whole blocks)."""
+        return F.pad(x.mT, (0, -x.shape[1] % block, 0, v.shape[1] - x.shape[2])).float().contiguous()
 
-    a_sum, b_sum = (turned(x.flatten(0, 1), tile) for x, tile in zip(sides[:2], TILE[:2], strict=True))
+    a_sum, b_sum = (turned(x.flatten(0, 1), block) for x, block in zip(sides[:2], tile[:2], strict=True))
     if a is None or b is None:
         nothing = v.new_zeros(1, dtype=torch.float32)
         return Laid(a_sum, b_sum, a_sum, b_sum, v.float(), nothing, nothing, nothing, nothing)
@@ -169,29 +171,41 @@ def laid(sides: ops.Sides, a: Tensor | None, b: Tensor | None) -> Laid:
     heads = sides.query.shape[1] if len(v) > 1 else 1
     if tensor_cores:
         a, b = (F.pad(x * (kappa / 2), padding) for x in (a, b))
-        far_rows, far_keys = (peaks(x.abs() * LOG2_E, n).clamp(min=0) for x, n in zip((a, b), TILE[:2], strict=True))
-        fours = whole.unflatten(1, (-1, FOUR.value)).abs().sum(2)
-        bits = (1 + fours.clamp(min=1).log2() / FOUR.value).repeat_interleave(FOUR.value, 1)  # of 16 terms, and of v
-        far_rows = (far_rows.unflatten(0, (-1, heads)) + bits[:, None]).flatten(0, 1)
-        reaches = (reach(x, FOUR.value) for x in (far_rows, far_keys))
-        return Laid(*products(a, b, whole, heads), *common, *reaches)
+        bits = (1 + whole.abs().unflatten(1, (-1, FOUR.value)).sum(2).clamp(min=1).log2()).amax(1)
+        far_rows = far(a, tile.rows).unflatten(0, (-1, heads)) + bits[:, None]  # of 16 terms, and of v
+        row, key = terms(a, tile.rows), terms(b, tile.keys)
+        signed = row.unflatten(0, (-1, heads)) * signed_sums(whole)[:, :, None]
+        row = torch.stack((row, signed.flatten(0, 1)), 2)
+        return Laid(rounded(row), rounded(key), *common, far_rows.flatten(0, 1), far(b, tile.keys))
     a, b = (F.pad(x * (kappa * LOG2_E), padding) for x in (a, b))
     a = a.unflatten(0, (-1, heads))  # so that heads of v meet theirs
     row = (a.exp2() * torch.where(dropped, 0.0, inverse).unsqueeze(1)).flatten(0, 1)
     bits, none = 1 + inverse.abs().log2().unsqueeze(1), torch.zeros_like(b[:1, :1])
-    largest = torch.where(dropped.unsqueeze(1), -torch.inf, peaks(a, TILE.rows))
-    far = reach(needed(largest, bits), GROUP.value).flatten(0, 1), reach(needed(peaks(b, TILE.keys), none), GROUP.value)
-    return Laid(turned(row, TILE.rows), turned(b.exp2(), TILE.keys), *common, *far)
+    largest = torch.where(dropped.unsqueeze(1), -torch.inf, peaks(a, tile.rows))
+    needs = needed(largest, bits).flatten(0, 1), needed(peaks(b, tile.keys), none)
+    return Laid(turned(row, tile.rows), turned(b.exp2(), tile.keys), *common, *(reach(x, GROUP.value) for x in needs))
 
 
-def products(a: Tensor, b: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """E and C E (maps, fours, 2, length, signs), and F (key maps, fours, signs, length), as tensor cores read them."""
-    signs = torch.cartesian_prod(*(torch.tensor([1.0, -1.0], dtype=a.dtype, device=a.device),) * 4)
-    row = (F.pad(a, (0, 0, 0, -a.shape[1] % TILE.rows)).unflatten(2, (-1, 4)) @ signs.mT).exp()
-    key = (F.pad(b, (0, 0, 0, -b.shape[1] % TILE.keys)).unflatten(2, (-1, 4)) @ signs.mT).exp()
-    signed = (row.unflatten(0, (-1, heads)) * (v.unflatten(1, (-1, 4)) @ signs.mT).unsqueeze(1)).flatten(0, 1)
-    both = torch.stack((row, signed), 1).permute(0, 3, 1, 2, 4)
-    return split(both.float().contiguous())[0], split(key.permute(0, 2, 3, 1).float().contiguous())[0]
+def signs(like: Tensor) -> Tensor:
+    """All of four ±1: (16, 4)."""
+    return torch.cartesian_prod(*(torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device),) * 4)
+
+
+def signed_sums(v: Tensor) -> Tensor:
+    """C: s · v of each four units and all signs s, (v heads, fours, signs)."""
+    return (v.unflatten(1, (-1, 4)) @ signs(v).mT).float()
+
+
+def terms(x: Tensor, block: int) -> Tensor:
+    """E: e^(s·x) of each four units and all signs s, (maps, fours, whole blocks, signs); x far out is taken nearer."""
+    exponents = F.pad(x, (0, 0, 0, -x.shape[1] % block)).float().unflatten(2, (-1, 4)) @ signs(x).mT.float()
+    return exponents.clamp(-LN_TERM, LN_TERM).exp().transpose(1, 2).contiguous()
+
+
+def far(x: Tensor, block: int) -> Tensor:
+    """log2 of the largest term that a block has: (maps, blocks), inf where one was taken nearer."""
+    most = reach(peaks(x.abs(), block).clamp(min=0), 4)
+    return torch.where(most > LN_TERM, torch.inf, most * LOG2_E)
 
 
 def peaks(x: Tensor, block: int) -> Tensor:
@@ -244,6 +258,10 @@ def kind(sides: ops.Sides) -> str:
     return "leaky" if sides.negative_slope <= 1 else "steep"
 
 
+def tile_of(sides: ops.Sides) -> Tile:
+    return PRODUCT if kind(sides) == "product" else TILE
+
+
 def lowered_precision(query: Tensor, key: Tensor) -> bool:
     """Whether products may be of tensor cores: of half precision, or as torch is told to multiply float32."""
     halves = query.dtype != torch.float32 and key.dtype != torch.float32
@@ -265,19 +283,25 @@ def width_of(size: int, tile: Tile) -> int:
 class Prepared(NamedTuple):
     """What forward and backward read."""
 
-    tensors: tuple[Tensor | None, ...]
+    laid: Laid
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None]
     scalars: tuple[Any, ...]
     constants: dict[str, Any]
     moved: tuple[Tensor, Tensor] | tuple[None, None]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self.laid, *self.masks
 
 
 def prepare(sides: ops.Sides, rest: ops.Rest) -> Prepared:
     ends = moved(sides) if sides.activation in KAPPA else (None, None)
     both = laid(sides, *ends)
-    constants = {"KIND": kind(sides), "ROWS": TILE.rows, "KEYS": TILE.keys, **OPTIONS}
+    tile = tile_of(sides)
+    constants = {"KIND": kind(sides), "ROWS": tile.rows, "KEYS": tile.keys, **OPTIONS}
     (_, units, length), key_length = both.row_sum.shape, both.key_sum.shape[2]
     shape = (sides.query.shape[2], sides.key.shape[2], length, key_length, units)
-    return Prepared((*both, *masks(sides, rest)), (*shape, *scalars(sides, rest)), constants, ends)
+    return Prepared(both, masks(sides, rest), (*shape, *scalars(sides, rest)), constants, ends)
 
 
 def launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
@@ -300,13 +324,14 @@ def attend(sides: ops.Sides, rest: ops.Rest) -> tuple[Tensor, Tensor]:
     value, value_rest = rest.value.contiguous(), None
     if value.dtype == torch.float32:
         value, value_rest = split(value)
-    width = width_of(size, TILE)
-    programs = out.shape[:2].numel() * max(1, -(-size // width)) * -(-out.shape[2] // TILE.rows)
-    scratch = lse.new_empty(programs, TILE.rows, TILE.keys)
+    tile = tile_of(sides)
+    width = width_of(size, tile)
+    programs = out.shape[:2].numel() * max(1, -(-size // width)) * -(-out.shape[2] // tile.rows)
+    scratch = lse.new_empty(programs, tile.rows, tile.keys)
     launch(
         gpu_forward.forward, programs,
         *prepared.tensors, value, value_rest, out, lse, scratch, size, *value.stride(), *prepared.scalars,
-        WIDTH=width, CHUNK=TILE.chunk, **prepared.constants,
+        WIDTH=width, CHUNK=tile.chunk, **prepared.constants,
     )  # fmt: skip
     return out, lse
 
@@ -332,9 +357,14 @@ def decode(sides: ops.Sides, rest: ops.Rest) -> tuple[Tensor, Tensor]:
     return (share * out).sum(2, keepdim=True).to(rest.value.dtype), log_sum_exp(lse).unsqueeze(-1)
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x to the nearest of 11 significant bits, as tensor cores read float32."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x to the nearest of 11 significant bits, as tensor cores read float32, and the rest."""
-    most = ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    """x rounded, and the rest."""
+    most = rounded(x)
     return most, x - most
 
 
@@ -359,13 +389,16 @@ def attend_backward(
     grad_row = torch.zeros(batch * heads, queries, grad_v.shape[1], device=device)
     grad_key = torch.zeros(batch * key_heads, keys, grad_v.shape[1], device=device)
     if lse.numel() and keys:
-        prepared, grad = prepare(sides, rest), grad_out.float().contiguous()
+        prepared, tile, grad = prepare(sides, rest), tile_of(sides), grad_out.float().contiguous()
         delta = (grad * out).sum(-1) - grad_lse
+        terms = (None, None)
+        if prepared.constants["KIND"] == "product":
+            terms = prepared.laid.row[:, :, 0], prepared.laid.key
         row, key = (
-            gpu_backward.side(x.flatten(0, 1).float(), each, sides.activation)
-            for x, each in zip(sides[:2], prepared.moved, strict=True)
+            gpu_backward.side(x.flatten(0, 1).float(), each, sides.activation, of_side)
+            for x, each, of_side in zip(sides[:2], prepared.moved, terms, strict=True)
         )
-        bounds = prepared.tensors[-3]
+        bounds = prepared.masks[0]
         if bounds is None:
             bounds = torch.tensor([0, keys, 0, 0], dtype=torch.int32, device=device)[:, None, None]
         bounds = bounds.expand(4, batch * heads, queries)
@@ -380,10 +413,10 @@ def attend_backward(
                 grads = product(above, values[some]).flatten(0, 1)
                 weights = torch.empty_like(grads)
                 count = grads.shape[1]
-                programs = len(grads) * -(-count // TILE.rows) * -(-keys // TILE.keys)
+                programs = len(grads) * -(-count // tile.rows) * -(-keys // tile.keys)
                 launch(
                     gpu_forward.gradients, programs,
-                    *prepared.tensors, lse, delta, grads, weights, first * heads, start // TILE.rows, count,
+                    *prepared.tensors, lse, delta, grads, weights, first * heads, start // tile.rows, count,
                     *prepared.scalars, **prepared.constants,
                 )  # fmt: skip
                 if by_value:
@@ -393,8 +426,7 @@ def attend_backward(
                     seen = bounds[:, maps, start : start + count]
                     by_row, by_key = spans(seen, count, keys, gpu_backward.BLOCK)
                     given = (sides.v, sides.activation, sides.negative_slope, grads, start)
-                    of_rows = gpu_backward.Side(*(x[maps] for x in row))
-                    of_keys = gpu_backward.Side(*(x[key_maps] for x in key))
+                    of_rows, of_keys = row.of(maps), key.of(key_maps)
                     gpu_backward.by_rows(of_rows, of_keys, *given, by_row, grad_row[maps], grad_v[maps])
                     gpu_backward.by_keys(of_rows, of_keys, *given, by_key, grad_key[key_maps])
 

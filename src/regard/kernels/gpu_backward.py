@@ -9,6 +9,12 @@ for ReLU and LeakyReLU, with s = 1 where a + b > 0, else the slope: da_ih = v_h 
 Both sides' are one kernel: a program keeps the sums of BLOCK of one side (x) and some hidden units, and walks along the
 other side (y), two of which share a reciprocal. So nothing is summed across threads, and the results are the same every
 time.
+
+On tensor cores, with D, N, E_s, F_s and C_s of each four units as in gpu_forward, U = G / D and W = U N / D,
+
+    dE_s(i) = C_s Σ_j U F_s − Σ_j W F_s,   dF_s(j) = C_s Σ_i U E_s − Σ_i W E_s,   Σ_j G t_h = Σ_s s_h E_s Σ_j U F_s:
+
+four products of matrices, and one reciprocal for four units. What these terms do not reach is left to the first kernel.
 """
 
 from __future__ import annotations
@@ -21,16 +27,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.kernels.gpu import KAPPA
-from regard.kernels.gpu_forward import ALL, reciprocal
+from regard.kernels.gpu import KAPPA, far, signed_sums
+from regard.kernels.gpu_forward import ALL, FOUR, LOG2_LIMIT, SIGNS, STAGES, product, reciprocal, tf32
 
 BLOCK = 32  # rows or keys of a program
 STRETCH = 64  # rows or keys that one range is known of; slabs begin at multiples of it
 UNITS = 16  # hidden units come in multiples of it
+FOURS = 4  # of hidden units that a program on tensor cores takes: with one, it would wait for G
 REGISTERS = 168  # of a thread, so that three programs fit
 REACH = 60.0  # of κ|a|, for e^κa to be taken
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_LIMIT = tl.constexpr(61.0)  # of E F, where two share a reciprocal: (1 + 2^61)² < 2^126
+LOG2_PAIR = tl.constexpr(61.0)  # of E F, where two share a reciprocal: (1 + 2^61)² < 2^126
 LARGEST = tl.constexpr(126.0)  # power of two
 
 
@@ -40,12 +47,19 @@ class Side(NamedTuple):
     plain: Tensor  # (maps, length, units): a
     power: Tensor  # (maps, length, units): e^κa, moved; of a rectified pair `plain` once more
     most: Tensor  # (maps, stretches, units): the largest log2 e^κa in each, inf where one is out of reach
+    terms: Tensor | None = None  # (maps, fours, whole blocks, signs): E_s, where tensor cores are to be used,
+    far: Tensor | None = None  # (maps, stretches): and log2 of the largest in each, inf where one is out of reach
+
+    def of(self, maps: slice) -> Side:
+        """That of some maps."""
+        return Side(*(x if x is None else x[maps] for x in self))
 
 
-def side(plain: Tensor, moved: Tensor | None, activation: str) -> Side:
+def side(plain: Tensor, moved: Tensor | None, activation: str, terms: Tensor | None = None) -> Side:
     """Projections (maps, length, hidden) as `by_rows` and `by_keys` take them.
 
     moved: the same in float64, clamped, the rows plus a centre and the keys less it; None for a rectified pair.
+    terms: e^(s·κ/2 moved) of each four units (maps, fours, whole blocks, signs), for tensor cores
     """
     missing = (0, -plain.shape[2] % UNITS)
     plain = F.pad(plain.float(), missing).contiguous()
@@ -53,9 +67,10 @@ def side(plain: Tensor, moved: Tensor | None, activation: str) -> Side:
         return Side(plain, plain, plain[:, :0])
     x = moved * KAPPA[activation]
     stretches = F.pad(x, (0, 0, 0, -x.shape[1] % STRETCH), value=-torch.inf).unflatten(1, (-1, STRETCH))
-    far = F.pad(x.abs(), (0, 0, 0, -x.shape[1] % STRETCH)).unflatten(1, (-1, STRETCH)).amax(2)
-    most = torch.where(far <= REACH, stretches.amax(2) * LOG2_E.value, torch.inf)
-    return Side(plain, F.pad(x.exp(), missing).float(), F.pad(most, missing).float())
+    farthest = F.pad(x.abs(), (0, 0, 0, -x.shape[1] % STRETCH)).unflatten(1, (-1, STRETCH)).amax(2)
+    most = torch.where(farthest <= REACH, stretches.amax(2) * LOG2_E.value, torch.inf)
+    powers = plain, F.pad(x.exp(), missing).float(), F.pad(most, missing).float()
+    return Side(*powers) if terms is None else Side(*powers, terms, far(F.pad(x / 2, missing), STRETCH))
 
 
 def by_rows(
@@ -105,24 +120,38 @@ def _launch(
     """grad: (maps, of x, of y)."""
     if not grad.numel():
         return
-    (maps, length, _), units = grad.shape, x.plain.shape[2]
-    width = min(64, triton.next_power_of_2(units))
-    launch: Any = slopes[(maps * triton.cdiv(length, BLOCK), triton.cdiv(units, width))]
+    (maps, length, y_length), units, v = grad.shape, x.plain.shape[2], v.float().contiguous()
+    blocks, width, spans = triton.cdiv(length, BLOCK), min(64, triton.next_power_of_2(units)), spans.contiguous()
+    kappa, totals = KAPPA.get(activation, 0.0), (x.plain.shape[1], y.plain.shape[1], units)
+    places = *groups, *first, *grad.stride()
     with torch.cuda.device_of(grad):
+        launch: Any = slopes[(maps * blocks, triton.cdiv(units, width))]
         launch(
-            *x, *y, v.float().contiguous(), grad, spans.contiguous(), out, v_sums,
-            length, x.plain.shape[1], y.plain.shape[1], units, *v.shape, *groups, *first, *grad.stride(),
-            KAPPA.get(activation, 0.0), negative_slope,
+            *x, *y, v, grad, spans, out, v_sums, length, *totals, *v.shape, *places, kappa, negative_slope,
             RATIONAL=activation in KAPPA, BLOCK=BLOCK, WIDTH=width, STRETCH=STRETCH, num_warps=4, maxnreg=REGISTERS,
+        )  # fmt: skip
+        if x.terms is None or y.terms is None:
+            return
+        c = signed_sums(F.pad(v, (0, -v.shape[1] % FOUR.value)))
+        launch = product_slopes[(maps * blocks, triton.cdiv(c.shape[1], FOURS))]
+        launch(
+            x.terms, y.terms, x.far, y.far, c, grad, spans, out, v_sums,
+            length, y_length, *totals, *c.shape[:2], *places,
+            *x.terms.stride()[:2], *y.terms.stride()[:2], (kappa / 2) ** 2,
+            BLOCK=BLOCK, FOURS=FOURS, STRETCH=STRETCH, num_warps=4, maxnreg=255,
         )  # fmt: skip
 
 
 @triton.jit
-def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, out, v_sums,
+def slopes(x_plain, x_power, x_most, x_terms, x_far, y_plain, y_power, y_most, y_terms, y_far,
+           v, grad, spans, out, v_sums,
            length, x_total, y_total, units, v_heads, hidden, x_group, y_group, first_x, first_y,
            grad_map, grad_x, grad_y, kappa, slope,
            RATIONAL: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STRETCH: tl.constexpr):  # fmt: skip
-    """out: (maps, x_total, units); v_sums, if asked for: (maps, blocks, units), Σ G u or Σ G s (a + b)."""
+    """out: (maps, x_total, units); v_sums, if asked for: (maps, blocks, units), Σ G u or Σ G s (a + b).
+
+    Of stretches that `product_slopes` is to add, if there are terms, nothing.
+    """
     # Pairs of y at once: more would take more registers than there are.
     PAIRS: tl.constexpr = 2 if RATIONAL else 1  # pyright: ignore[reportAssignmentType]
     blocks = tl.cdiv(length, BLOCK)
@@ -148,9 +177,12 @@ def slopes(x_plain, x_power, x_most, y_plain, y_power, y_most, v, grad, spans, o
     sums, of_v = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
     for stretch in range(low // STRETCH, tl.cdiv(high, STRETCH)):
         y, stop = tl.maximum(low, stretch * STRETCH), tl.minimum(high, (stretch + 1) * STRETCH)
+        if x_terms is not None:
+            there = reached(x_far, y_far, x_map, y_map, first_x + start, first_y + y, x_total, y_total, STRETCH)
+            stop = tl.where(there, y, stop)
         in_reach = True
         if RATIONAL:
-            in_reach = tl.max(tl.load(x_most + h) + tl.load(y_most + stretch * units + h)) < LOG2_LIMIT
+            in_reach = tl.max(tl.load(x_most + h) + tl.load(y_most + stretch * units + h)) < LOG2_PAIR
         if in_reach:
             b_at = y_power + y.to(tl.int64) * units + h
             g_at = grad + (start + x).to(tl.int64) * grad_x + y.to(tl.int64) * grad_y
@@ -207,3 +239,78 @@ def added_rectified(g, x, slope, sums, of_v, v_sums):
     if v_sums is not None:
         of_v += each * x
     return sums, of_v
+
+
+# --- On tensor cores.
+
+
+@triton.jit
+def reached(x_far, y_far, x_map, y_map, x, y, x_total, y_total, STRETCH: tl.constexpr):
+    """Whether terms reach the stretches that x and y are in."""
+    x_far += x_map * tl.cdiv(x_total, STRETCH) + x // STRETCH
+    return tl.load(x_far) + tl.load(y_far + y_map * tl.cdiv(y_total, STRETCH) + y // STRETCH) < LOG2_LIMIT
+
+
+@triton.jit
+def product_slopes(x_terms, y_terms, x_far, y_far, signed, grad, spans, out, v_sums,
+                   length, y_length, x_total, y_total, units, v_heads, fours, x_group, y_group, first_x, first_y,
+                   grad_map, grad_x, grad_y, x_outer, x_four, y_outer, y_four, scale,
+                   BLOCK: tl.constexpr, FOURS: tl.constexpr, STRETCH: tl.constexpr):  # fmt: skip
+    """Adds to `out` and v_sums, as `slopes` left them, what terms reach; signed: (v heads, fours, signs), C."""
+    blocks = tl.cdiv(length, BLOCK)
+    block, m = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    x_map, y_map, start = m // x_group, m // y_group, block * BLOCK
+    x, y, s = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, SIGNS)
+    four = tl.program_id(1) * FOURS + tl.arange(0, FOURS)
+    inside = (four < fours)[:, None] & (x < length - start)[None, :]
+    read = tl.minimum(four, fours - 1).to(tl.int64)  # without a mask: what lies outside is not stored
+    y_order = y // 8 * 8 + y % 4 * 2 + y // 4 % 2  # see in_order
+    x_terms += x_map * x_outer + (first_x + start).to(tl.int64) * SIGNS
+    grad += m * grad_map + start.to(tl.int64) * grad_x
+    spans += (m * blocks + block) * 2
+    low, high = tl.load(spans) // BLOCK * BLOCK, tl.load(spans + 1)
+    y_terms += y_map * y_outer + (first_y + low).to(tl.int64) * SIGNS + (read * y_four)[:, None, None] + s[None, None, :]
+    y_at, y_again = y_terms + (y * SIGNS)[None, :, None], y_terms + (y_order * SIGNS)[None, :, None]
+    g_at = grad + low.to(tl.int64) * grad_y + x.to(tl.int64)[:, None] * grad_x + y.to(tl.int64)[None, :] * grad_y
+
+    e = tl.load(x_terms + (read * x_four)[:, None, None] + (x * SIGNS)[None, :, None] + s[None, None, :])
+    c = tl.load(signed + ((m % v_heads) * fours + read)[:, None] * SIGNS + s[None, :])[:, None, :]
+    signed_e = tf32(e * c)
+    of_u = tl.zeros([FOURS, BLOCK, SIGNS], tl.float32)
+    of_w = tl.zeros([FOURS, BLOCK, SIGNS], tl.float32)
+    for first in tl.range(low, high, BLOCK, num_stages=STAGES):
+        there = reached(x_far, y_far, x_map, y_map, first_x + start, first_y + first, x_total, y_total, STRETCH)
+        stop = tl.where(there, y_length, 0)
+        g = tl.load(g_at, mask=(start + x < length)[:, None] & (first + y < stop)[None, :], other=0.0)
+        f = tl.trans(tl.load(y_at), 0, 2, 1)
+        d, n = product(e, f), product(signed_e, f)
+        r = reciprocal(d)
+        u = g[None, :, :] * r
+        w = u * (n * r)
+        f = tl.load(y_again)
+        of_u += product(in_order(tf32(u)), f)
+        of_w += product(in_order(tf32(w)), f)
+        y_at += BLOCK * SIGNS
+        y_again += BLOCK * SIGNS
+        g_at += BLOCK * grad_y
+
+    of_e = e * (c * of_u - of_w) * scale
+    of_v = -0.5 * e * of_u
+    out += m * x_total * units + (first_x + start).to(tl.int64) * units
+    for n in tl.static_range(FOUR):
+        h, negative = four * FOUR + n, ((s >> (FOUR - 1 - n)) & 1 == 1)[None, None, :]
+        at = out + (x * units)[None, :] + h[:, None]
+        each = tl.sum(tl.where(negative, -of_e, of_e), 2)
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + each, mask=inside)
+        if v_sums is not None:
+            at = v_sums + (m * blocks + block) * units + h
+            each = tl.sum(tl.sum(tl.where(negative, -of_v, of_v), 2), 1)
+            tl.store(at, tl.load(at, mask=four < fours, other=0.0) + each, mask=four < fours)
+
+
+@triton.jit
+def in_order(x):
+    """(..., BLOCK) with 0 2 4 6 1 3 5 7 of each eight: so a product's result lies as the next one's left side is read."""
+    shape: tl.constexpr = x.shape  # pyright: ignore[reportAssignmentType]
+    eights = tl.permute(tl.reshape(x, [shape[0], shape[1], shape[2] // 8, 4, 2]), [0, 1, 2, 4, 3])
+    return tl.reshape(eights, shape)

@@ -22,6 +22,7 @@ GROUP = tl.constexpr(3)  # hidden units that share a reciprocal
 AT_ONCE = tl.constexpr(24)  # units summed before their share of Σ v is taken off, so that partial sums stay small
 FOUR = tl.constexpr(4)  # hidden units that share a quotient of products,
 SIGNS = tl.constexpr(16)  # of so many terms
+STAGES = tl.constexpr(3)  # of the loops that tensor cores run in: what they read is fetched two rounds before
 LOG2_LIMIT = tl.constexpr(125.0)  # of a product of denominators
 LN_CAP = tl.constexpr(27.725887)  # of one that is taken from a + b: ln 2^40, beyond which its fraction is 0
 ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -73,10 +74,10 @@ def rational_scores(rows, keys, inverses, shares, row_length, key_length, units,
 def product_scores(rows, keys, row_length, key_length, units, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Σ N/D of a tile, two products of matrices for each FOUR units."""
     i, j, s = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, SIGNS)
-    row_at, key_at = rows + i[:, None] * SIGNS + s[None, :], keys + s[:, None] * key_length + j[None, :]
+    row_at, key_at = rows + i[:, None] * SIGNS + s[None, :], keys + j[:, None] * SIGNS + s[None, :]
     sums = tl.zeros([ROWS, KEYS], tl.float32)
-    for _ in range(0, units, FOUR):
-        key = tl.load(key_at)
+    for _ in tl.range(0, units, FOUR, num_stages=STAGES):
+        key = tl.trans(tl.load(key_at))
         d, n = product(tl.load(row_at), key), product(tl.load(row_at + SIGNS * row_length), key)
         sums = tl.fma(n, reciprocal(d), sums)
         row_at += 2 * SIGNS * row_length
@@ -127,7 +128,7 @@ def scores_of(row, key, row_sum, key_sum, constants, shares, scales, row_reach, 
                 scores *= tl.load(scales)
             else:
                 row += slab * (2 * SIGNS // FOUR) + i * SIGNS
-                key += key_slab * (SIGNS // FOUR) + j
+                key += key_slab * (SIGNS // FOUR) + j * SIGNS
                 scores = product_scores(row, key, row_length, key_length, units, ROWS, KEYS)
                 scores = scores * (0.5 * kappa) + tl.load(scales + 1)
         else:  # what is not a number goes this way too
