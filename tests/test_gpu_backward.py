@@ -244,7 +244,8 @@ def compiled(kernel: Any, by_rows: bool, constants: dict[str, Any], registers: i
     kinds = dict.fromkeys(("v", "signed", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32"}
     kinds |= dict.fromkeys(("kappa", "slope", "scale"), "fp32")
     kinds |= {f"{side}_{name}": "*fp32" for side in "xy" for name in pointers}
-    names, whole = kernel.arg_names, ("units", "x_outer", "x_four", "y_outer", "y_four", "y_length", "length", "grad_map", "grad_x", "grad_y")
+    whole = {"units", "length", "y_length", "grad_map", "grad_x", "grad_y", "x_outer", "x_four", "y_outer", "y_four"}
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     aligned = [n for n, name in enumerate(names) if name in whole or signature[name].startswith("*")]
     source = compiler.ASTSource(kernel, signature, constants, {(n,): [["tt.divisibility", 16]] for n in aligned})

@@ -269,7 +269,8 @@ def product_slopes(x_terms, y_terms, x_far, y_far, signed, grad, spans, out, v_s
     grad += m * grad_map + start.to(tl.int64) * grad_x
     spans += (m * blocks + block) * 2
     low, high = tl.load(spans) // BLOCK * BLOCK, tl.load(spans + 1)
-    y_terms += y_map * y_outer + (first_y + low).to(tl.int64) * SIGNS + (read * y_four)[:, None, None] + s[None, None, :]
+    y_terms += y_map * y_outer + (first_y + low).to(tl.int64) * SIGNS
+    y_terms += (read * y_four)[:, None, None] + s[None, None, :]
     y_at, y_again = y_terms + (y * SIGNS)[None, :, None], y_terms + (y_order * SIGNS)[None, :, None]
     g_at = grad + low.to(tl.int64) * grad_y + x.to(tl.int64)[:, None] * grad_x + y.to(tl.int64)[None, :] * grad_y
 
@@ -310,7 +311,7 @@ def product_slopes(x_terms, y_terms, x_far, y_far, signed, grad, spans, out, v_s
 
 @triton.jit
 def in_order(x):
-    """(..., BLOCK) with 0 2 4 6 1 3 5 7 of each eight: so a product's result lies as the next one's left side is read."""
+    """(..., BLOCK) with 0 2 4 6 1 3 5 7 of each eight: as a product's result lies, the next one's left side is read."""
     shape: tl.constexpr = x.shape  # pyright: ignore[reportAssignmentType]
     eights = tl.permute(tl.reshape(x, [shape[0], shape[1], shape[2] // 8, 4, 2]), [0, 1, 2, 4, 3])
     return tl.reshape(eights, shape)
