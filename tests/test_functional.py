@@ -64,7 +64,7 @@ LENS = torch.tensor([3, 1])
         (
             {"impl": "cuda"},
             ValueError,
-            "impl is 'cuda'; it must be 'auto' or one of 'sdpa', 'cpu', 'gpu', 'chunked', 'reference'",
+            "impl is 'cuda'; it must be 'auto' or one of 'flex', 'sdpa', 'cpu', 'gpu', 'chunked', 'reference'",
         ),
         ({"impl": ["sdpa"]}, ValueError, "impl is \\['sdpa'\\]; it must be"),
         ({"enable_gqa": True, "score": regard.Additive(4, 4, 2, heads=2)}, ValueError, "makes 2 heads of its own"),
@@ -161,7 +161,7 @@ def test_no_warning_and_no_surprise_without_keys_or_rows() -> None:
 
 
 def test_choosing_is_by_the_table() -> None:
-    assert list(kernels.TABLE) == ["sdpa", "cpu", "gpu", "chunked", "reference"]
+    assert list(kernels.TABLE) == ["flex", "sdpa", "cpu", "gpu", "chunked", "reference"]
 
 
 def test_explain_changes_nothing() -> None:

@@ -49,7 +49,7 @@ def attend(
         normalizer: scores to weights.
         dropout_p: probability in 0 .. 1 of dropping a weight; pass 0 outside training.
         enable_gqa: allow fewer key-value heads (dimension −3) than query heads, each serving a group of them.
-        impl: "auto", or "reference", "chunked", "sdpa" or "cpu", which then runs or raises its reason.
+        impl: "auto", or "flex", "sdpa", "cpu", "gpu", "chunked" or "reference", which then runs or raises its reason.
 
     Returns:
         (..., Lq, Dv) in the values' dtype; 0 for a query that may attend nothing. Under autocast the inputs are
@@ -147,6 +147,7 @@ def explain(
     >>> x = torch.randn(1, 4096, 64)
     >>> print(explain(x, x, x, mask=Window(128, 0)))
     chunked, about 20.0 MiB beyond inputs and outputs
+      not flex: it runs on CUDA devices, not on the cpu
       not sdpa: rows with keys of their own would need a float mask of Lq × Lk
       not cpu: it computes additive and L1 scores only
       not gpu: it runs on NVIDIA GPUs, not on the cpu

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from regard import reference
 from regard.dropout import Dropout
-from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant
+from regard.intervals import Bound, Diagonal, Grid, Interval, Intervals, constant, is_int
 from regard.normalizers import Normalizer, Softmax
 from regard.reference import Pair
 
@@ -62,6 +62,15 @@ class Problem(NamedTuple):
         if not bounded or self.bias is not None or self.keep is not None or type(self.normalizer) is not Softmax:
             return True
         return not all(held for _, _, held in self.intervals or ())
+
+    @property
+    def diagonal(self) -> int | None:
+        """n, where row i attends exactly the keys 0 .. i + n, and None where it is not plain to see."""
+        intervals = self.intervals
+        if self.shared is not None or self.keep is not None or intervals is None or len(intervals) != 1:
+            return None
+        low, high, _ = intervals[0]
+        return high.offset - 1 if isinstance(high, Diagonal) and is_int(low) and low <= 0 else None
 
     def allowed(self) -> Tensor | None:
         """Bool, broadcasting to (*leading, Lq, Lk): intervals and keep in one; None allows all."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regard.kernels import chunked, cpu, gpu, sdpa
+from regard.kernels import chunked, cpu, flex, gpu, sdpa
 from regard.problem import Problem, Shift
 from regard.transforms import transforming
 
@@ -41,6 +41,7 @@ WHOLE = Implementation(
 TABLE = {
     implementation.name: implementation
     for implementation in (
+        Implementation("flex", flex.refuses, flex.run, flex.memory, small=2**28),
         Implementation("sdpa", sdpa.refuses, sdpa.run, sdpa.memory),
         Implementation("cpu", cpu.refuses, cpu.run, cpu.memory, small=2**17),
         Implementation("gpu", gpu.refuses, gpu.run, gpu.memory, small=2**26, formulation=gpu.formulation),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.intervals import Diagonal, is_int
+from regard.kernels.twice import differentiable
 from regard.normalizers import Softmax
 from regard.problem import Problem, batch_heads
 from regard.reference import DotPair, per_query_head
@@ -30,15 +28,14 @@ def refuses(problem: Problem) -> str | None:
         )
     if 0 in (*problem.leading, problem.queries, problem.keys):
         return "there is nothing to compute"
-    if problem.shared is None and not _causal(problem) and not (problem.intervals is None and problem.keep is None):
+    masked = problem.intervals is not None or problem.keep is not None
+    if masked and problem.shared is None and problem.diagonal != 0 and not _lower_right(problem):
         return "rows with keys of their own would need a float mask of Lq × Lk"
     return None
 
 
 def run(problem: Problem) -> tuple[Tensor, None]:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _fused(problem), None
-    return _TwiceDifferentiable.apply(problem.query, problem.key, problem.value, problem), None
+    return differentiable(problem, _fused), None
 
 
 def memory(problem: Problem) -> int:
@@ -52,49 +49,23 @@ def _fused(problem: Problem) -> Tensor:
     query, key, value = (
         _laid(per_query_head(x, problem.query), problem.leading) for x in (problem.query, problem.key, problem.value)
     )
-    causal = _causal(problem)
-    allowed = None if causal else problem.allowed()
-    mask = None if allowed is None else _laid(allowed, problem.leading)
-    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=pair.scale)
+    mask, upper_left = None, False
+    if problem.diagonal == 0:
+        upper_left = True
+    elif _lower_right(problem):
+        from torch.nn.attention.bias import causal_lower_right  # which takes seconds
+
+        mask = causal_lower_right(problem.queries, problem.keys)
+    elif (allowed := problem.allowed()) is not None:
+        mask = _laid(allowed, problem.leading)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=upper_left, scale=pair.scale)
     return out.reshape(*problem.leading, *out.shape[-2:])
 
 
-class _TwiceDifferentiable(torch.autograd.Function):
-    """SDPA with its own backward, and the reference's where the gradient itself is to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.problem = problem
-        inputs = [
-            x.detach().requires_grad_(needed)
-            for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
-        ]
-        with torch.enable_grad():
-            out = _fused(problem._replace(query=inputs[0], key=inputs[1], value=inputs[2]))
-        ctx.inputs, ctx.out = inputs, out
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out, inputs, again = ctx.out, ctx.inputs, torch.is_grad_enabled()
-        if again:
-            inputs = ctx.saved_tensors
-            out = ctx.problem._replace(query=inputs[0], key=inputs[1], value=inputs[2]).attend()
-        needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-        found = iter(torch.autograd.grad(out, needed, grads, create_graph=again, retain_graph=True))
-        return *(next(found) if needs else None for needs in ctx.needs_input_grad[:3]), None
-
-
-def _causal(problem: Problem) -> bool:
-    """Whether row i attends exactly the keys 0 .. i."""
-    intervals = problem.intervals
-    if problem.shared is not None or problem.keep is not None or intervals is None or len(intervals) != 1:
-        return False
-    low, high, _ = intervals[0]
-    if not isinstance(high, Diagonal) or high.offset != 1:  # a branch, so that what traces guards a symbolic offset
-        return False
-    return is_int(low) and low <= 0
+def _lower_right(problem: Problem) -> bool:
+    """Whether a causal mask ends at the last key, and SDPA has a kernel that knows it."""
+    longer = problem.keys - problem.queries > 0 and problem.query.device.type == "cuda"
+    return longer and not torch.compiler.is_compiling() and problem.diagonal == problem.keys - problem.queries
 
 
 def _laid(x: Tensor, leading: tuple[int, ...]) -> Tensor:
