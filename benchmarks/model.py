@@ -32,6 +32,7 @@ WARP = 32
 LANES = {"any": 128, "float": 128, "special": 16, "integer": 64, "memory": 32}  # a clock and multiprocessor, of each
 A100 = {"float": 64}
 PRODUCTS = {"TF32": 1024, "BF16": 2048, "F16": 2048}  # multiply-adds of the tensor cores, a clock and multiprocessor
+HMMA = 0.62  # of that, what instructions of a single warp reach from Hopper on (Luo et al. 2024, arXiv:2402.13499)
 PIPES = {  # an instruction's, by how its name begins; the rest is "integer", which adds, compares, selects and jumps
     "float": ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"),
     "special": ("MUFU",),
@@ -103,10 +104,10 @@ def pipe(instruction: str) -> str:
 
 
 def multiply_adds(instruction: str) -> int:
-    """Of one instruction of the tensor cores: HMMA.16816 is 16 × 8 × 16, HGMMA.64x128x8 what it says."""
+    """Of a warp's one instruction of the tensor cores: HMMA.16816 is 16 × 8 × 16, HGMMA.64x128x8 of four warps."""
     if shape := re.search(r"\.(\d+)x(\d+)x(\d+)", instruction):
         m, n, k = map(int, shape.groups())
-        return m * n * k
+        return m * n * k // 4
     shape = re.search(r"\.(168)(\d+)", instruction)
     return 16 * 8 * int(shape[2]) if shape else 0
 
@@ -133,7 +134,8 @@ def cost(instructions: Counter[str], capability: int) -> Cost:
         each = pipe(name)
         if each == "tensor":
             rate = next((rate for dtype, rate in PRODUCTS.items() if f".{dtype}" in name), PRODUCTS["F16"])
-            taken[each] += count * multiply_adds(name) / (rate / 2 if capability < 90 else rate)
+            share = 0.5 if capability < 90 else HMMA if name.startswith("HMMA") else 1
+            taken[each] += count * multiply_adds(name) / (share * rate)
         elif each != "uniform":
             taken[each] += count * WARP * (2 if PAIRED.match(name) else 1) / lanes[each]
     return Cost(taken)
@@ -223,11 +225,14 @@ class Modelled(NamedTuple):
         return sum(count for name, count in self.inner.items() if pipe(name) in pipes) / self.elements
 
 
-def modelled(kernel: Kernel, capability: int, tile: int, marks: dict[str, float], *rounds: float) -> Modelled:
+def modelled(
+    kernel: Kernel, capability: int, tile: int, marks: dict[str, float], *rounds: float, powers: bool = False
+) -> Modelled:
     """Of a kernel whose threads finish `tile` elements of a tile each.
 
     The fast loop is the innermost one that finishes the most, counted by instructions that `marks` says stand for so
-    many elements each; one that takes exponentials is what they are finished by elsewhere. `rounds` says how often the
+    many elements each; one that takes exponentials, unless it is said that all do, is what they are finished by where
+    the fast one does not reach. `rounds` says how often the
     loops between it and what is done once for each tile go round, from the outermost.
     """
 
@@ -235,7 +240,7 @@ def modelled(kernel: Kernel, capability: int, tile: int, marks: dict[str, float]
         return sum(instructions[name] * elements for name, elements in marks.items())
 
     chains = [chain for chain in kernel.program.innermost() if len(chain) > 1 + len(rounds)]
-    chains = [chain for chain in chains if "MUFU.EX2" not in chain[-1].own]
+    chains = [chain for chain in chains if powers or "MUFU.EX2" not in chain[-1].own]
     chain = max(chains, key=lambda each: elements_of(each[-1].all()), default=())
     inner = chain[-1].all() if chain else Counter()
     elements = elements_of(inner)
@@ -255,17 +260,46 @@ def modelled(kernel: Kernel, capability: int, tile: int, marks: dict[str, float]
 HIDDEN, WIDTH, LENGTH = 128, 128, 1024
 
 
-def launched(capability: int, activation: str) -> list[Kernel]:
-    """The kernels of one forward and backward."""
+class Setting(NamedTuple):
+    """What is modelled."""
+
+    name: str
+    activation: str
+    precision: str = "highest"  # of float32 products
+    queries: int = LENGTH
+
+
+SETTINGS = (
+    Setting("tanh: B", "tanh"),
+    Setting("tanh on tensor cores: E", "tanh", "high"),
+    Setting("leaky_relu", "leaky_relu"),
+    Setting("tanh, one query", "tanh", queries=1),
+)
+
+
+def launched(capability: int, setting: Setting) -> list[Kernel]:
+    """The kernels of one forward and backward, or of one step of decoding."""
     from regard.kernels import gpu, ops
 
-    query, key, value = (torch.zeros(1, 1, LENGTH, size) for size in (HIDDEN, HIDDEN, WIDTH))
-    sides = ops.Sides(query, key, torch.ones(1, HIDDEN), activation, 0.2)
+    lengths = ((setting.queries, HIDDEN), (LENGTH, HIDDEN), (LENGTH, WIDTH))
+    query, key, value = (torch.zeros(1, 1, length, size) for length, size in lengths)
+    sides = ops.Sides(query, key, torch.ones(1, HIDDEN), setting.activation, 0.2)
     rest = ops.Rest(value, None, None, None, None, (), (), None, None, 0.0, 0)
-    with recording(capability) as listed:
-        out, lse = gpu.attend(sides, rest)
-        gpu.attend_backward(sides, rest, out, lse, out, lse, True, True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting.precision)
+    try:
+        with recording(capability) as listed:
+            out, lse = gpu.attend(sides, rest)
+            if setting.queries > 1:
+                gpu.attend_backward(sides, rest, out, lse, out, lse, True, True)
+    finally:
+        torch.set_float32_matmul_precision(before)
     return listed
+
+
+def finishes(kernel: Kernel) -> bool:
+    """Whether it computes elements here: on tensor cores `slopes` is there for what is out of their reach."""
+    return kernel.name != "slopes" or kernel.given["x_terms"] is None
 
 
 def tiled(kernel: Kernel, capability: int) -> Modelled:
@@ -273,14 +307,21 @@ def tiled(kernel: Kernel, capability: int) -> Modelled:
     from regard.kernels import gpu_forward
 
     given, threads = kernel.given, WARP * kernel.given["num_warps"]
+    fours = {"MUFU.RCP": float(gpu_forward.FOUR.value)}
     if kernel.name == "slopes":
         marks = {"MUFU.RCP": 2.0} if given["RATIONAL"] else {"FADD": 0.5, "FADD2": 1.0}
         return modelled(kernel, capability, given["BLOCK"] * given["WIDTH"] * given["STRETCH"] // threads, marks)
+    if kernel.name == "product_slopes":
+        units = given["FOURS"] * gpu_forward.FOUR.value
+        return modelled(kernel, capability, given["BLOCK"] * units * given["y_length"] // threads, fours)
+    if kernel.name == "decode":
+        tile = given["KEYS"] * given["hidden"] // threads
+        return modelled(kernel, capability, tile, {"MUFU.RCP": 1.0}, powers=True)
     tile = given["ROWS"] * given["KEYS"] * given["units"] // threads
     if given["KIND"] == "rational":
         chunks = given["units"] / gpu_forward.AT_ONCE.value
         return modelled(kernel, capability, tile, {"MUFU.RCP": gpu_forward.GROUP.value}, chunks)
-    return modelled(kernel, capability, tile, {"FADD": 1.0, "FADD2": 2.0})
+    return modelled(kernel, capability, tile, fours if given["KIND"] == "product" else {"FADD": 1.0, "FADD2": 2.0})
 
 
 # --- Showing.
@@ -291,7 +332,7 @@ HEADINGS += f"{'in loop':>10}{'× limit':>9}{'in all':>9}{'× limit':>9}  limite
 
 
 def line(kernel: Kernel, found: Modelled) -> str:
-    side = "" if kernel.name != "slopes" else " by keys" if kernel.given["v_sums"] is None else " by rows"
+    side = "" if "slopes" not in kernel.name else " by keys" if kernel.given["v_sums"] is None else " by rows"
     counts = "".join(f"{found.of(each):9.2f}" for each in COLUMNS) + f"{found.of(*COLUMNS):9.2f}"
     rates = f"{found.in_loop:10.1f}{found.in_loop / TANH:9.2f}{found.whole:9.1f}{found.whole / TANH:9.2f}"
     return f"  {kernel.name + side:22}{kernel.registers:10}{kernel.stack:7}{counts}{rates}  {found.limit}"
@@ -308,16 +349,18 @@ def main() -> int:
     print("elements a clock and multiprocessor of that loop and in all, and both over the 16 of a hardware tanh;")
     print(f"hidden {HIDDEN}, values of {WIDTH}, float32.")
     for capability in [options.capability] if options.capability else CAPABILITIES:
-        for activation in ("tanh", "leaky_relu"):
-            print(f"\nsm_{capability}, {activation}, modelled\n{HEADINGS}")
+        for setting in SETTINGS:
+            print(f"\nsm_{capability}, {setting.name}, modelled\n{HEADINGS}")
             clocks = 0.0
-            for kernel in launched(capability, activation):
+            for kernel in filter(finishes, launched(capability, setting)):
                 found = tiled(kernel, capability)
                 clocks += 1 / found.whole
                 print(line(kernel, found), flush=True)
-            print(
-                f"  forward + backward, without torch's products: {1 / clocks:.1f}, {1 / clocks / TANH:.2f} × the limit"
-            )
+            if setting.queries > 1:
+                print(
+                    f"  forward + backward, without torch's products: {1 / clocks:.1f}, "
+                    f"{1 / clocks / TANH:.2f} × the limit"
+                )
     return 0
 
 

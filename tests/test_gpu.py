@@ -7,8 +7,8 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -30,8 +30,6 @@ from regard.reference import AdditivePair
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-# Triton interprets what is imported while TRITON_INTERPRET is set, and all of it or nothing: hence another process.
-
 
 def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -46,8 +44,24 @@ def interpret() -> None:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
+    with interpreting(interpret) as pool:
         yield pool
+
+
+@contextmanager
+def interpreting(begin: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
+    """Other processes, as Triton interprets all that is imported while TRITON_INTERPRET is set, or nothing."""
+    pool = ProcessPoolExecutor(2, get_context("spawn"), begin)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checked(interpreter: ProcessPoolExecutor) -> dict[Case, Future[None]]:
+    """Every case, which is checked while others are, and while kernels are compiled."""
+    return {case: interpreter.submit(check, case) for case in CASES}
 
 
 # --- Cases.
@@ -168,16 +182,16 @@ CASES = (
         for size, offset in ((1e-3, 0.0), (6.0, 0.0), (50.0, 100.0), (1e4, 0.0), (1.0, 100.0))
     ),
     Case("relu", 17, 17, size=1e4),
-    Case(heads=4, key_heads=2, v_heads=4, mask="causal", dropout_p=0.3),
+    Case("tanh", 10, 18, heads=4, key_heads=2, v_heads=4, mask="causal", dropout_p=0.3),
     Case(heads=2, key_heads=2, mask="lengths", dropout_p=0.3),
     Case(dropout_p=1.0),
     Case("leaky_relu", 70, 9, mask="causal"),  # two slabs of rows
     *(
-        Case(activation, 1, 70, hidden, heads=4, key_heads=4)
+        Case(activation, 1, 40, hidden, heads=2, key_heads=2)
         for activation, hidden in (("tanh", 37), ("sigmoid", 5), ("leaky_relu", 16))
     ),
     *(Case("tanh", 1, 70, mask=mask) for mask in ("lengths", "sink | window")),
-    Case("relu", 1, 70, width=33, heads=4, key_heads=2, v_heads=4, dropout_p=0.3),
+    Case("relu", 1, 40, width=33, heads=4, key_heads=2, v_heads=4, dropout_p=0.3),
     Case("tanh", 1, 70, size=1e4, offset=100.0),
     Case("sigmoid", 1, 70, dtype=torch.float16),
     *(
@@ -186,15 +200,117 @@ CASES = (
         for hidden in (1, 8, 37)
     ),
     *(Case(size=size, precision="high") for size in (1e-3, 3.0, 6.0, 1e4)),
-    Case("sigmoid", heads=4, key_heads=2, v_heads=4, mask="causal", offset=100.0, precision="high"),
+    Case("sigmoid", 10, 18, heads=4, key_heads=2, v_heads=4, mask="causal", offset=100.0, precision="high"),
     Case(dtype=torch.float16, mask="causal"),
     Case("sigmoid", dtype=torch.bfloat16, mask="lengths"),
 )
 
 
+# --- Compiled for GPUs that need not be there: nothing spills, and what is divided is three units at once.
+
+KINDS = {"bounds": "*i32", "keep": "*u8", "seed": "*i64", "kappa": "fp32", "slope": "fp32", "factor": "fp32"}
+FLOATS = (  # what points to float32, but for the values, which may be halves
+    *("row", "key", "row_sum", "key_sum", "constants", "shares", "scales", "row_reach", "key_reach", "value_rest"),
+    *("lse", "scratch", "delta", "grads", "weights", "query", "v"),
+)
+ALIGNED = ("width", "value_outer", "value_inner", "value_row", "queries", "keys", "row_length", "key_length", "slab")
+
+
+def compiled(kernel: Any, capability: int, constants: dict[str, Any]) -> Any:
+    """The kernel for a GPU, its pointers and lengths aligned as they mostly are."""
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    value = constants.pop("value", "*fp32")
+    constants = {"value_column": 1, "keep_column": 1, "key_column": 1, **constants}
+    signature, aligned = {}, {}
+    for n, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "*fp32" if name in FLOATS else value if name in ("value", "out") else KINDS.get(name, "i32")
+        if name in ALIGNED or signature[name].startswith("*"):
+            aligned[n,] = [["tt.divisibility", 16]]
+    used = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, used, aligned)
+    return compiler.compile(source, GPUTarget("cuda", capability, 32), gpu.OPTIONS)
+
+
+def assembly(binary: bytes, flag: str, folder: Path) -> str:
+    import triton
+
+    tool, file = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", folder / "kernel.cubin"
+    file.write_bytes(binary)
+    return subprocess.run([tool, flag, file], check=True, capture_output=True, text=True).stdout
+
+
+WITH_ALL, PLAIN = {}, {"bounds": None, "keep": None, "seed": None}
+HALVES = {"value": "*bf16", "value_rest": None}
+COMPILED = (
+    [
+        ("forward", {"KIND": kind, "WIDTH": width, "CHUNK": gpu.TILE.chunk, **masks, **precision})
+        for kind, width, masks, precision in (
+            ("rational", 128, WITH_ALL, {}),
+            ("rational", 128, PLAIN, {}),
+            ("rational", 64, WITH_ALL, HALVES),
+            ("leaky", 128, WITH_ALL, {}),
+            ("product", 128, WITH_ALL, {}),
+            ("product", 128, PLAIN, {}),
+            ("product", 128, WITH_ALL, HALVES),
+        )
+    ]
+    + [
+        ("gradients", {"KIND": kind, **masks})
+        for kind, masks in (("rational", WITH_ALL), ("rational", PLAIN), ("leaky", WITH_ALL), ("product", WITH_ALL))
+    ]
+    + [("decode", {"KEYS": 32, "UNITS": 64, "WIDTH": 128, "KIND": kind, **WITH_ALL}) for kind in ("rational", "leaky")]
+)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("name", "constants"), COMPILED)
+def test_it_compiles_without_spills(name: str, constants: dict[str, Any], capability: int, tmp_path: Path) -> None:
+    from regard.kernels import gpu_forward
+
+    kind = constants["KIND"]
+    tile = gpu.PRODUCT if kind == "product" else gpu.TILE
+    kernel = compiled(getattr(gpu_forward, name), capability, {"ROWS": tile.rows, "KEYS": tile.keys, **constants})
+    usage = assembly(kernel.asm["cubin"], "-res-usage", tmp_path)
+    assert "STACK:0 " in usage
+    assert "LOCAL:0 " in usage
+    instructions = innermost(assembly(kernel.asm["cubin"], "-sass", tmp_path))
+    each = tile.rows * tile.keys // 128  # of a thread
+    if name == "decode" or kind == "leaky":
+        return
+    assert instructions["MUFU.RCP"] == each
+    fused = sum(instructions[name] + 2 * instructions[name + "2"] for name in ("FFMA", "FMUL", "FADD"))
+    if kind == "rational":  # of three units: 8 on the FMA pipes, one reciprocal, and what loads them
+        assert fused == 8 * each
+        assert instructions.total() <= 12 * each
+    else:  # of four: two products of 16 terms, one reciprocal and one addition
+        assert instructions["HMMA"] == each
+        assert fused == each
+        assert instructions.total() <= 7 * each
+
+
+def innermost(listing: str) -> Counter[str]:
+    """The instructions of the smallest loop that takes reciprocals."""
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", listing)]
+    loops = []
+    for end, text in found:
+        target = re.search(r"^BRA.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < end:
+            body = (text.split()[0] for at, text in found if int(target[1], 16) <= at <= end)
+            loops.append(Counter(name if name.startswith("MUFU") else name.split(".")[0] for name in body))
+    return min((loop for loop in loops if loop["MUFU.RCP"]), key=Counter.total, default=Counter())
+
+
+# --- Interpreted.
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_gradients_are_right(case: Case, interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(check, case).result()
+def test_forward_and_gradients_are_right(case: Case, checked: dict[Case, Future[None]]) -> None:
+    checked[case].result()
 
 
 # --- Each check can fail.
@@ -310,102 +426,3 @@ def test_precision_decides_between_formulations(case: Case, name: str) -> None:
         assert gpu.formulation(problem(case)).name == name
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-# --- Compiled for GPUs that need not be there: nothing spills, and what is divided is three units at once.
-
-KINDS = {"bounds": "*i32", "keep": "*u8", "seed": "*i64", "kappa": "fp32", "slope": "fp32", "factor": "fp32"}
-FLOATS = (  # what points to float32, but for the values, which may be halves
-    *("row", "key", "row_sum", "key_sum", "constants", "shares", "scales", "row_reach", "key_reach", "value_rest"),
-    *("lse", "scratch", "delta", "grads", "weights", "query", "v"),
-)
-ALIGNED = ("width", "value_outer", "value_inner", "value_row", "queries", "keys", "row_length", "key_length", "slab")
-
-
-def compiled(kernel: Any, capability: int, constants: dict[str, Any]) -> Any:
-    """The kernel for a GPU, its pointers and lengths aligned as they mostly are."""
-    from triton import compiler
-    from triton.backends.compiler import GPUTarget
-
-    value = constants.pop("value", "*fp32")
-    constants = {"value_column": 1, "keep_column": 1, "key_column": 1, **constants}
-    signature, aligned = {}, {}
-    for n, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = "*fp32" if name in FLOATS else value if name in ("value", "out") else KINDS.get(name, "i32")
-        if name in ALIGNED or signature[name].startswith("*"):
-            aligned[n,] = [["tt.divisibility", 16]]
-    used = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    source = compiler.ASTSource(kernel, signature, used, aligned)
-    return compiler.compile(source, GPUTarget("cuda", capability, 32), gpu.OPTIONS)
-
-
-def assembly(binary: bytes, flag: str, folder: Path) -> str:
-    import triton
-
-    tool, file = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", folder / "kernel.cubin"
-    file.write_bytes(binary)
-    return subprocess.run([tool, flag, file], check=True, capture_output=True, text=True).stdout
-
-
-WITH_ALL, PLAIN = {}, {"bounds": None, "keep": None, "seed": None}
-HALVES = {"value": "*bf16", "value_rest": None}
-COMPILED = (
-    [
-        ("forward", {"KIND": kind, "WIDTH": width, "CHUNK": gpu.TILE.chunk, **masks, **precision})
-        for kind, width, masks, precision in (
-            ("rational", 128, WITH_ALL, {}),
-            ("rational", 128, PLAIN, {}),
-            ("rational", 64, WITH_ALL, HALVES),
-            ("leaky", 128, WITH_ALL, {}),
-            ("product", 128, WITH_ALL, {}),
-            ("product", 128, PLAIN, {}),
-            ("product", 128, WITH_ALL, HALVES),
-        )
-    ]
-    + [
-        ("gradients", {"KIND": kind, **masks})
-        for kind, masks in (("rational", WITH_ALL), ("rational", PLAIN), ("leaky", WITH_ALL), ("product", WITH_ALL))
-    ]
-    + [("decode", {"KEYS": 32, "UNITS": 64, "WIDTH": 128, "KIND": kind, **WITH_ALL}) for kind in ("rational", "leaky")]
-)
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("name", "constants"), COMPILED)
-def test_it_compiles_without_spills(name: str, constants: dict[str, Any], capability: int, tmp_path: Path) -> None:
-    from regard.kernels import gpu_forward
-
-    kind = constants["KIND"]
-    tile = gpu.PRODUCT if kind == "product" else gpu.TILE
-    kernel = compiled(getattr(gpu_forward, name), capability, {"ROWS": tile.rows, "KEYS": tile.keys, **constants})
-    usage = assembly(kernel.asm["cubin"], "-res-usage", tmp_path)
-    assert "STACK:0 " in usage
-    assert "LOCAL:0 " in usage
-    instructions = innermost(assembly(kernel.asm["cubin"], "-sass", tmp_path))
-    each = tile.rows * tile.keys // 128  # of a thread
-    if name == "decode" or kind == "leaky":
-        return
-    assert instructions["MUFU.RCP"] == each
-    fused = sum(instructions[name] + 2 * instructions[name + "2"] for name in ("FFMA", "FMUL", "FADD"))
-    if kind == "rational":  # of three units: 8 on the FMA pipes, one reciprocal, and what loads them
-        assert fused == 8 * each
-        assert instructions.total() <= 12 * each
-    else:  # of four: two products of 16 terms, one reciprocal and one addition
-        assert instructions["HMMA"] == each
-        assert fused == each
-        assert instructions.total() <= 7 * each
-
-
-def innermost(listing: str) -> Counter[str]:
-    """The instructions of the smallest loop that takes reciprocals."""
-    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", listing)]
-    loops = []
-    for end, text in found:
-        target = re.search(r"^BRA.* 0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < end:
-            body = (text.split()[0] for at, text in found if int(target[1], 16) <= at <= end)
-            loops.append(Counter(name if name.startswith("MUFU") else name.split(".")[0] for name in body))
-    return min((loop for loop in loops if loop["MUFU.RCP"]), key=Counter.total, default=Counter())

@@ -6,11 +6,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from oracle import EPS, rms
-from test_gpu import assembly
+from test_gpu import assembly, interpreting
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,9 +35,14 @@ def interpret() -> None:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """Another process, as Triton interprets all that is imported while TRITON_INTERPRET is set, or nothing."""
-    with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
+    with interpreting(interpret) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checked(interpreter: ProcessPoolExecutor) -> dict[Case, Future[None]]:
+    """Every case, which is checked while others are, and while kernels are compiled."""
+    return {case: interpreter.submit(check, case) for case in CASES}
 
 
 @dataclass(frozen=True)
@@ -153,51 +157,6 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_are_right(case: Case, interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(check, case).result()
-
-
-# --- The check can fail.
-
-
-def changed(name: str, change: Callable[..., Any]) -> Callable[[Any], AbstractContextManager[Any]]:
-    """Replaces a function of the kernels by one whose arguments are changed."""
-
-    def replaced(kernels: Any) -> AbstractContextManager[Any]:
-        true = getattr(kernels, name)
-        return mock.patch.object(kernels, name, lambda *given: true(*change(*given)))
-
-    return replaced
-
-
-FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
-    "none": lambda _: nullcontext(),
-    "all is in reach": changed("Side", lambda plain, power, most: (plain, power, torch.zeros_like(most))),
-    "another slab": changed("by_rows", lambda *x: (*x[:6], 0, *x[7:])),
-    "a row missing": changed("by_keys", lambda *x: (*x[:5], x[5].index_fill(1, torch.tensor(0), 0.0), *x[6:])),
-    "a key missing": changed("by_rows", lambda *x: (*x[:7], x[7] - torch.tensor([0, 1], dtype=torch.int32), *x[8:])),
-    "another head's v": changed("by_keys", lambda *x: (*x[:2], x[2].flip(0), *x[3:])),
-    "another slope": changed("by_rows", lambda *x: (*x[:4], 0.0, *x[5:])),
-}
-
-
-@pytest.mark.parametrize(
-    ("fault", "case"),
-    [
-        ("all is in reach", Case(size=1e4)),
-        ("another slab", Case()),
-        ("a row missing", Case()),
-        ("a key missing", Case()),
-        ("another head's v", Case(maps=2, key_maps=2, v_heads=2, queries=9)),
-        ("another slope", Case("leaky_relu")),
-    ],
-)
-def test_a_fault_is_caught(fault: str, case: Case, interpreter: ProcessPoolExecutor) -> None:
-    with pytest.raises(AssertionError, match="is off by"):
-        interpreter.submit(check, case, fault).result()
-
-
 # --- Compiled for GPUs that need not be there: nothing spills, and two elements share a reciprocal, or four.
 
 
@@ -267,3 +226,55 @@ def loop_of(kernel: Any, folder: Path) -> Counter[str]:
             if loop["MUFU.RCP"] and not loop["MUFU.EX2"]:
                 return loop
     return Counter()
+
+
+# --- Interpreted.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_right(case: Case, checked: dict[Case, Future[None]]) -> None:
+    checked[case].result()
+
+
+# --- The check can fail.
+
+
+def changed(name: str, change: Callable[..., Any]) -> Callable[[Any], AbstractContextManager[Any]]:
+    """Replaces a function of the kernels by one whose arguments are changed."""
+
+    def replaced(kernels: Any) -> AbstractContextManager[Any]:
+        true = getattr(kernels, name)
+        return mock.patch.object(kernels, name, lambda *given: true(*change(*given)))
+
+    return replaced
+
+
+FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "none": lambda _: nullcontext(),
+    "all is in reach": changed("Side", lambda plain, power, most: (plain, power, torch.zeros_like(most))),
+    "another slab": changed("by_rows", lambda *x: (*x[:6], 0, *x[7:])),
+    "a row missing": changed("by_keys", lambda *x: (*x[:5], x[5].index_fill(1, torch.tensor(0), 0.0), *x[6:])),
+    "a key missing": changed("by_rows", lambda *x: (*x[:7], x[7] - torch.tensor([0, 1], dtype=torch.int32), *x[8:])),
+    "another head's v": changed("by_keys", lambda *x: (*x[:2], x[2].flip(0), *x[3:])),
+    "all terms are in reach": changed("far", lambda x, block: (x * 0, block)),
+    "another unit's v": changed("signed_sums", lambda v: (v.roll(1, -1),)),
+    "another slope": changed("by_rows", lambda *x: (*x[:4], 0.0, *x[5:])),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        ("all is in reach", Case(size=1e4)),
+        ("another slab", Case()),
+        ("a row missing", Case()),
+        ("a key missing", Case()),
+        ("another head's v", Case(maps=2, key_maps=2, v_heads=2, queries=9)),
+        ("all terms are in reach", Case(size=50, products=True)),
+        ("another unit's v", Case(products=True)),
+        ("another slope", Case("leaky_relu")),
+    ],
+)
+def test_a_fault_is_caught(fault: str, case: Case, interpreter: ProcessPoolExecutor) -> None:
+    with pytest.raises(AssertionError, match="is off by"):
+        interpreter.submit(check, case, fault).result()

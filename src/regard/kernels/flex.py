@@ -96,8 +96,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, boun
     batch, heads = bounds.shape[1:3]
 
     def allow(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        b, h = b if batch > 1 else 0, h if heads > 1 else 0
-        each = [(j >= bounds[n, b, h, i]) & (j < bounds[n + 1, b, h, i]) for n in range(0, len(bounds), 2)]
+        row = b if batch > 1 else 0, h if heads > 1 else 0, i
+        each = [(j >= bounds[(n, *row)]) & (j < bounds[(n + 1, *row)]) for n in range(0, len(bounds), 2)]
         return each[0] | each[-1]
 
     lengths = query.shape[-2], key.shape[-2]

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.kernels.gpu import KAPPA, far, signed_sums
-from regard.kernels.gpu_forward import ALL, FOUR, LOG2_LIMIT, SIGNS, STAGES, product, reciprocal, tf32
+from regard.kernels.gpu_forward import ALL, FOUR, LOG2_E, LOG2_LIMIT, SIGNS, STAGES, product, reciprocal, tf32
 
 BLOCK = 32  # rows or keys of a program
 STRETCH = 64  # rows or keys that one range is known of; slabs begin at multiples of it
@@ -36,7 +36,6 @@ UNITS = 16  # hidden units come in multiples of it
 FOURS = 4  # of hidden units that a program on tensor cores takes: with one, it would wait for G
 REGISTERS = 168  # of a thread, so that three programs fit
 REACH = 60.0  # of κ|a|, for e^κa to be taken
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_PAIR = tl.constexpr(61.0)  # of E F, where two share a reciprocal: (1 + 2^61)² < 2^126
 LARGEST = tl.constexpr(126.0)  # power of two
 
@@ -52,7 +51,8 @@ class Side(NamedTuple):
 
     def of(self, maps: slice) -> Side:
         """That of some maps."""
-        return Side(*(x if x is None else x[maps] for x in self))
+        plain, power, most, *more = self
+        return Side(plain[maps], power[maps], most[maps], *(x if x is None else x[maps] for x in more))
 
 
 def side(plain: Tensor, moved: Tensor | None, activation: str, terms: Tensor | None = None) -> Side:

@@ -23,6 +23,7 @@ AT_ONCE = tl.constexpr(24)  # units summed before their share of Σ v is taken o
 FOUR = tl.constexpr(4)  # hidden units that share a quotient of products,
 SIGNS = tl.constexpr(16)  # of so many terms
 STAGES = tl.constexpr(3)  # of the loops that tensor cores run in: what they read is fetched two rounds before
+LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_LIMIT = tl.constexpr(125.0)  # of a product of denominators
 LN_CAP = tl.constexpr(27.725887)  # of one that is taken from a + b: ln 2^40, beyond which its fraction is 0
 ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -344,17 +345,18 @@ def decode(query, key, v, bounds, keep, seed, value, out, lse,
     sums = tl.zeros([WIDTH], tl.float32)
     for n in range(tl.cdiv(tl.minimum(span, keys - split * span), KEYS)):
         first = split * span + n * KEYS
-        s = tl.zeros([KEYS], tl.float32)
+        terms = tl.zeros([KEYS, UNITS], tl.float32)
         for m in range(tl.cdiv(hidden, UNITS)):
             unit = m * UNITS + tl.arange(0, UNITS)
             a = tl.load(query + unit * query_column, mask=unit < hidden, other=0.0).to(tl.float32)
             b = read(key, first, first * 0 + m * UNITS, keys, hidden, key_row, key_column, KEYS, UNITS).to(tl.float32)
             x = a[None, :] + b
             if KIND == "rational" or KIND == "product":
-                y = 1.0 - kappa * reciprocal(1.0 + tl.exp(kappa * x))
+                y = 1.0 - kappa * reciprocal(1.0 + tl.exp2(x * (kappa * LOG2_E)))
             else:
                 y = rectified(x, slope, KIND)
-            s += tl.sum(y * tl.load(v + unit, mask=unit < hidden, other=0.0)[None, :], 1)
+            terms += y * tl.load(v + unit, mask=unit < hidden, other=0.0)[None, :]
+        s = tl.sum(terms, 1)
         s = masked(s[None, :], keep, bounds, 0 * first, first, 1, keys, bound_stride, keep_row, keep_column, keys, 0,
                    1, KEYS)  # fmt: skip
         now = tl.maximum(largest, tl.max(s, 1))
