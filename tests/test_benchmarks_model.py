@@ -54,7 +54,7 @@ def test_loops_are_read_of_assembly() -> None:
 
 def test_instructions_cost_what_their_pipe_takes() -> None:
     instructions = Counter({"FFMA": 8, "FADD2": 2, "MUFU.RCP": 4, "HMMA.1688.F32.TF32": 2, "UIADD3": 3, "LDS": 1})
-    hopper = {"any": 5, "float": 3, "special": 8, "integer": 0, "memory": 1, "tensor": 2}
+    hopper = {"any": 5, "float": 3, "special": 8, "integer": 0, "memory": 1, "tensor": 2 / model.HMMA}
     assert model.cost(instructions, 90).clocks == hopper
     assert model.cost(instructions, 90).most == (8, "special")
     assert model.cost(instructions, 80).clocks == hopper | {"float": 6, "tensor": 4}
@@ -65,7 +65,7 @@ def test_instructions_cost_what_their_pipe_takes() -> None:
     [
         ("HMMA.1688.F32.TF32", 1024),
         ("HMMA.16816.F32.BF16", 2048),
-        ("HGMMA.64x128x8.F32.TF32", 65536),
+        ("HGMMA.64x128x8.F32.TF32", 16384),
         ("UTCHMMA", 0),
     ],
 )
@@ -149,15 +149,25 @@ def test_a_kernel_is_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None
 def test_regards_own_kernels_are_modelled(tmp_path: Path) -> None:
     said = run(tmp_path, "-m", "benchmarks", "model", "--capability", "90")
     assert said.startswith("Modelled, not measured")
+    units = {}  # for each reciprocal
     for table in said.split("\n\n")[1:]:
-        title, _, *kernels, total = table.splitlines()
-        assert title in ("sm_90, tanh, modelled", "sm_90, leaky_relu, modelled")
-        assert [" ".join(each[:24].split()) for each in kernels] == [
-            "forward", "gradients", "slopes by rows", "slopes by keys",
-        ]  # fmt: skip
-        forward = dict(zip(model.COLUMNS, map(float, kernels[0].split()[3:]), strict=False))
-        assert forward["special"] == (0.33 if "tanh" in title else 0)
-        assert total.startswith("  forward + backward")
+        title, _, *kernels = table.splitlines()
+        name = title.removeprefix("sm_90, ").removesuffix(", modelled")
+        if kernels[-1].startswith("  forward + backward"):
+            kernels.pop()
+        assert [" ".join(each[:24].split()) for each in kernels] == KERNELS[name]
+        counts = dict(zip(model.COLUMNS, map(float, kernels[0][24:].split()[2:]), strict=False))
+        units[name] = counts["special"]
+        assert (counts["tensor"] > 0) == (name == "tanh on tensor cores: E")
+    assert units == {"tanh: B": 0.33, "tanh on tensor cores: E": 0.25, "leaky_relu": 0, "tanh, one query": 2}
+
+
+KERNELS = {
+    "tanh: B": ["forward", "gradients", "slopes by rows", "slopes by keys"],
+    "tanh on tensor cores: E": ["forward", "gradients", "product_slopes by rows", "product_slopes by keys"],
+    "leaky_relu": ["forward", "gradients", "slopes by rows", "slopes by keys"],
+    "tanh, one query": ["decode"],
+}
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
