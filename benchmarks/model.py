@@ -309,7 +309,8 @@ def tiled(kernel: Kernel, capability: int) -> Modelled:
     given, threads = kernel.given, WARP * kernel.given["num_warps"]
     fours = {"MUFU.RCP": float(gpu_forward.FOUR.value)}
     if kernel.name == "slopes":
-        marks = {"MUFU.RCP": 2.0} if given["RATIONAL"] else {"FADD": 0.5, "FADD2": 1.0}
+        each = 1.0 if given["v_sums"] is None else 0.5  # of a sum of slopes, and of a + b where that is asked for
+        marks = {"MUFU.RCP": 2.0} if given["RATIONAL"] else {"FADD": each, "FADD2": 2 * each}
         return modelled(kernel, capability, given["BLOCK"] * given["WIDTH"] * given["STRETCH"] // threads, marks)
     if kernel.name == "product_slopes":
         units = given["FOURS"] * gpu_forward.FOUR.value

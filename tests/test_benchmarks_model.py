@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -147,19 +148,23 @@ def test_a_kernel_is_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_regards_own_kernels_are_modelled(tmp_path: Path) -> None:
-    said = run(tmp_path, "-m", "benchmarks", "model", "--capability", "90")
+    said = run(tmp_path, "-m", "benchmarks", "model")
     assert said.startswith("Modelled, not measured")
     units = {}  # for each reciprocal
     for table in said.split("\n\n")[1:]:
         title, _, *kernels = table.splitlines()
-        name = title.removeprefix("sm_90, ").removesuffix(", modelled")
+        found = re.fullmatch(r"sm_(\d+), (.*), modelled", title.strip())
+        assert found
+        capability, name = found.groups()
         if kernels[-1].startswith("  forward + backward"):
             kernels.pop()
         assert [" ".join(each[:24].split()) for each in kernels] == KERNELS[name]
+        assert all(each[24:].split()[1] == "0" for each in kernels)  # nothing is spilled to the stack
         counts = dict(zip(model.COLUMNS, map(float, kernels[0][24:].split()[2:]), strict=False))
-        units[name] = counts["special"]
+        units[capability, name] = counts["special"]
         assert (counts["tensor"] > 0) == (name == "tanh on tensor cores: E")
-    assert units == {"tanh: B": 0.33, "tanh on tensor cores: E": 0.25, "leaky_relu": 0, "tanh, one query": 2}
+    shares = {"tanh: B": 0.33, "tanh on tensor cores: E": 0.25, "leaky_relu": 0, "tanh, one query": 2}
+    assert units == {(str(capability), name): x for capability in model.CAPABILITIES for name, x in shares.items()}
 
 
 KERNELS = {

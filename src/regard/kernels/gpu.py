@@ -74,10 +74,13 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def memory(problem: Problem) -> int:
-    """Of backward, which needs more: both sides as they are and as exponentials, for each kernel, and a slab."""
+    """Of backward, which needs more: both sides as they are, as exponentials and as terms, and a slab."""
+    pair = problem.pair
+    assert isinstance(pair, AdditivePair)
     maps = problem.row_bytes // max(1, problem.keys * problem.query.shape[-1] * max(4, problem.query.itemsize))
     slab = min(SLAB_BYTES, 8 * maps * problem.queries * problem.keys)
-    return 4 * 8 * (problem.query.numel() + problem.key.numel()) + slab
+    floats = 24 if pair.activation in KAPPA and lowered_precision(problem.query, problem.key) else 8
+    return 4 * floats * (problem.query.numel() + problem.key.numel()) + slab
 
 
 class Formulation(NamedTuple):

@@ -153,7 +153,7 @@ def slopes(x_plain, x_power, x_most, x_terms, x_far, y_plain, y_power, y_most, y
     Of stretches that `product_slopes` is to add, if there are terms, nothing.
     """
     # Pairs of y at once: more would take more registers than there are.
-    PAIRS: tl.constexpr = 2 if RATIONAL else 1  # pyright: ignore[reportAssignmentType]
+    PAIRS: tl.constexpr = 2 if RATIONAL and v_sums is not None else 1  # pyright: ignore[reportAssignmentType]
     blocks = tl.cdiv(length, BLOCK)
     block, m = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     x_map, y_map, start = m // x_group, m // y_group, block * BLOCK
