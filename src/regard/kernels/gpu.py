@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile()
-PRODUCT = Tile(keys=64)  # of products on tensor cores, which take both sides from registers
+NARROW = Tile(keys=64)  # of products on tensor cores, which take both sides from registers, and where no more keys are
 ONE = Tile(rows=1, keys=32)  # of one query
 UNITS = 64  # hidden units of its keys at once
 PROGRAMS = 1024  # that its keys are split over, of all maps
@@ -262,7 +262,7 @@ def kind(sides: ops.Sides) -> str:
 
 
 def tile_of(sides: ops.Sides) -> Tile:
-    return PRODUCT if kind(sides) == "product" else TILE
+    return NARROW if kind(sides) == "product" or sides.key.shape[2] <= NARROW.keys else TILE
 
 
 def lowered_precision(query: Tensor, key: Tensor) -> bool:
