@@ -185,7 +185,7 @@ def test_in_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mask": torch.rand(300, 300) < 0.5}, "by intervals"),
         ({"mask": regard.Causal(), "size": 16}, "kernels of its own for causal masks"),
         ({"mask": regard.Causal(), "size": 16, "keys": 400}, "kernels of its own for causal masks"),
-        ({"mask": regard.Window(3, 0), "size": 8}, "16 columns or more"),
+        ({"mask": regard.Window(3, 0), "size": 8}, "16 to 256 columns"),
         ({"mask": regard.Window(3, 0), "queries": 100}, "fewer than 128 queries"),
         ({"mask": regard.Window(3, 0), "dropout_p": 0.5}, "drops no weights"),
         ({"mask": regard.Window(3, 0), "bias": torch.zeros(300, 300)}, "adds no bias"),

@@ -84,6 +84,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     slope: float = 0.2
     precision: str = "highest"  # of float32
+    v_size: float = 1.0
 
     def __str__(self) -> str:
         plain = Case()
@@ -102,7 +103,7 @@ def problem(case: Case) -> Problem:
 
     a = draw(case.heads, case.queries, case.hidden) * case.size + case.offset
     b = draw(case.key_heads, case.keys, case.hidden) * case.size - case.offset
-    v = torch.randn(case.v_heads, 1, 1, case.hidden, generator=generator)
+    v = torch.randn(case.v_heads, 1, 1, case.hidden, generator=generator) * case.v_size
     pair = AdditivePair(v.requires_grad_(), case.activation, case.slope)
     lengths = torch.tensor([case.keys // 2 + 1, 0]).reshape(BATCH, 1, 1, 1)
     place = case.keys - case.queries
@@ -200,6 +201,7 @@ CASES = (
         for hidden in (1, 8, 37)
     ),
     *(Case(size=size, precision="high") for size in (1e-3, 3.0, 6.0, 1e4)),
+    Case(size=4.0, v_size=1e20, precision="high"),
     Case("sigmoid", 10, 18, heads=4, key_heads=2, v_heads=4, mask="causal", offset=100.0, precision="high"),
     Case(dtype=torch.float16, mask="causal"),
     Case("sigmoid", dtype=torch.bfloat16, mask="lengths"),

@@ -58,6 +58,7 @@ class Case:
     v_heads: int = 1
     causal: bool = False
     products: bool = False  # on tensor cores
+    v_size: float = 1.0
 
     def __str__(self) -> str:
         plain = Case()
@@ -86,7 +87,7 @@ def check(case: Case, fault: str = "none") -> None:
 
     a = draw(case.maps, case.queries, case.hidden) * case.size + case.offset
     b = draw(case.key_maps, case.keys, case.hidden) * case.size - case.offset
-    v = draw(case.v_heads, case.hidden)
+    v = draw(case.v_heads, case.hidden) * case.v_size
     grad = draw(case.maps, case.queries, case.keys)
     if case.causal:
         grad = grad.tril(-1)
@@ -154,6 +155,7 @@ CASES = (
     Case("sigmoid", maps=4, key_maps=2, v_heads=4, causal=True, products=True),
     *(Case(size=size, products=True) for size in (1e-3, 3.0, 6.0, 50.0)),  # out of reach in some stretches, and in all
     Case(offset=1e4, products=True),
+    Case(size=4.0, v_size=1e20, products=True),
 )
 
 
@@ -200,8 +202,8 @@ def compiled(kernel: Any, by_rows: bool, constants: dict[str, Any], registers: i
     sides = {"grad_y": 1, "x_group": 1} if by_rows else {"grad_x": 1, "y_group": 1, "v_sums": None}
     constants = constants | sides
     pointers = ("plain", "power", "most", "terms", "far")
-    kinds = dict.fromkeys(("v", "signed", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32"}
-    kinds |= dict.fromkeys(("kappa", "slope", "scale"), "fp32")
+    kinds = dict.fromkeys(("v", "signed", "scales", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32"}
+    kinds |= dict.fromkeys(("kappa", "slope"), "fp32")
     kinds |= {f"{side}_{name}": "*fp32" for side in "xy" for name in pointers}
     whole = {"units", "length", "y_length", "grad_map", "grad_x", "grad_y", "x_outer", "x_four", "y_outer", "y_four"}
     names = kernel.arg_names

@@ -19,7 +19,7 @@ from regard.problem import Problem, batch_heads
 from regard.reference import DotPair
 
 BLOCK = 128  # rows and keys of a tile
-SIZE = 16  # of keys and values, at least
+SIZES = range(16, 257)  # of keys and of values
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VARIANTS = 256  # that are compiled at most: of dtypes, sizes, heads, and lengths that stay the same or do not
 
@@ -40,8 +40,8 @@ def _unfit(problem: Problem) -> str | None:
         return "it adds no bias to the scores and drops no weights"
     if problem.value.dtype not in DTYPES or problem.query.dtype != problem.value.dtype:
         return f"it computes in float32, not {problem.value.dtype} of {problem.query.dtype}"
-    if min(problem.query.shape[-1], problem.value.shape[-1]) < SIZE:
-        return f"keys and values must have {SIZE} columns or more"
+    if problem.query.shape[-1] not in SIZES or problem.value.shape[-1] not in SIZES:
+        return f"keys and values must have {SIZES.start} to {SIZES.stop - 1} columns"
     if problem.intervals is None or problem.keep is not None:
         return "it skips by intervals of keys only"
     causal = problem.diagonal is not None and problem.diagonal in (0, max(0, problem.keys - problem.queries))

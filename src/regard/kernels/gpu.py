@@ -174,12 +174,10 @@ def laid(sides: ops.Sides, a: Tensor | None, b: Tensor | None) -> Laid:
     heads = sides.query.shape[1] if len(v) > 1 else 1
     if tensor_cores:
         a, b = (F.pad(x * (kappa / 2), padding) for x in (a, b))
-        bits = (1 + whole.abs().unflatten(1, (-1, FOUR.value)).sum(2).clamp(min=1).log2()).amax(1)
-        far_rows = far(a, tile.rows).unflatten(0, (-1, heads)) + bits[:, None]  # of 16 terms, and of v
         row, key = terms(a, tile.rows), terms(b, tile.keys)
         signed = row.unflatten(0, (-1, heads)) * signed_sums(whole)[:, :, None]
         row = torch.stack((row, signed.flatten(0, 1)), 2)
-        return Laid(rounded(row), rounded(key), *common, far_rows.flatten(0, 1), far(b, tile.keys))
+        return Laid(rounded(row), rounded(key), *common, far(a, tile.rows, whole), far(b, tile.keys))
     a, b = (F.pad(x * (kappa * LOG2_E), padding) for x in (a, b))
     a = a.unflatten(0, (-1, heads))  # so that heads of v meet theirs
     row = (a.exp2() * torch.where(dropped, 0.0, inverse).unsqueeze(1)).flatten(0, 1)
@@ -205,10 +203,17 @@ def terms(x: Tensor, block: int) -> Tensor:
     return exponents.clamp(-LN_TERM, LN_TERM).exp().transpose(1, 2).contiguous()
 
 
-def far(x: Tensor, block: int) -> Tensor:
-    """log2 of the largest term that a block has: (maps, blocks), inf where one was taken nearer."""
+def far(x: Tensor, block: int, v: Tensor | None = None) -> Tensor:
+    """log2 of the largest term that a block has: (maps, blocks), inf where one was taken nearer.
+
+    v (v heads, D): of the rows, and so that 16 terms can be summed, times what they have of v.
+    """
     most = reach(peaks(x.abs(), block).clamp(min=0), 4)
-    return torch.where(most > LN_TERM, torch.inf, most * LOG2_E)
+    most = torch.where(most > LN_TERM, torch.inf, most * LOG2_E)
+    if v is None:
+        return most
+    bits = 4 + v.abs().unflatten(1, (-1, 4)).sum(2).amax(1).clamp(min=1).log2().float()
+    return (most.unflatten(0, (-1, len(v))) + bits[:, None]).flatten(0, 1)
 
 
 def peaks(x: Tensor, block: int) -> Tensor:

@@ -132,12 +132,14 @@ def _launch(
         )  # fmt: skip
         if x.terms is None or y.terms is None:
             return
-        c = signed_sums(F.pad(v, (0, -v.shape[1] % FOUR.value)))
+        exponent = torch.frexp(v.abs().amax(1, keepdim=True)).exponent  # so that N is finite wherever D is
+        c = signed_sums(F.pad(torch.ldexp(v, -exponent), (0, -v.shape[1] % FOUR.value)))
+        scales = torch.ldexp(torch.full_like(v[:, 0], (kappa / 2) ** 2), exponent[:, 0])
         launch = product_slopes[(maps * blocks, triton.cdiv(c.shape[1], FOURS))]
         launch(
-            x.terms, y.terms, x.far, y.far, c, grad, spans, out, v_sums,
+            x.terms, y.terms, x.far, y.far, c, scales, grad, spans, out, v_sums,
             length, y_length, *totals, *c.shape[:2], *places,
-            *x.terms.stride()[:2], *y.terms.stride()[:2], (kappa / 2) ** 2,
+            *x.terms.stride()[:2], *y.terms.stride()[:2],
             BLOCK=BLOCK, FOURS=FOURS, STRETCH=STRETCH, num_warps=4, maxnreg=255,
         )  # fmt: skip
 
@@ -252,11 +254,14 @@ def reached(x_far, y_far, x_map, y_map, x, y, x_total, y_total, STRETCH: tl.cons
 
 
 @triton.jit
-def product_slopes(x_terms, y_terms, x_far, y_far, signed, grad, spans, out, v_sums,
+def product_slopes(x_terms, y_terms, x_far, y_far, signed, scales, grad, spans, out, v_sums,
                    length, y_length, x_total, y_total, units, v_heads, fours, x_group, y_group, first_x, first_y,
-                   grad_map, grad_x, grad_y, x_outer, x_four, y_outer, y_four, scale,
+                   grad_map, grad_x, grad_y, x_outer, x_four, y_outer, y_four,
                    BLOCK: tl.constexpr, FOURS: tl.constexpr, STRETCH: tl.constexpr):  # fmt: skip
-    """Adds to `out` and v_sums, as `slopes` left them, what terms reach; signed: (v heads, fours, signs), C."""
+    """Adds to `out` and v_sums, as `slopes` left them, what terms reach.
+
+    signed: (v heads, fours, signs), C of v at most 1; scales (v heads): what makes gradients of what that gives.
+    """
     blocks = tl.cdiv(length, BLOCK)
     block, m = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     x_map, y_map, start = m // x_group, m // y_group, block * BLOCK
@@ -295,7 +300,7 @@ def product_slopes(x_terms, y_terms, x_far, y_far, signed, grad, spans, out, v_s
         y_again += BLOCK * SIGNS
         g_at += BLOCK * grad_y
 
-    of_e = e * (c * of_u - of_w) * scale
+    of_e = e * (c * of_u - of_w) * tl.load(scales + m % v_heads)
     of_v = -0.5 * e * of_u
     out += m * x_total * units + (first_x + start).to(tl.int64) * units
     for n in tl.static_range(FOUR):
