@@ -201,7 +201,7 @@ CASES = (
         for hidden in (1, 8, 37)
     ),
     *(Case(size=size, precision="high") for size in (1e-3, 3.0, 6.0, 1e4)),
-    Case(size=4.0, v_size=1e20, precision="high"),
+    Case(size=2.5, v_size=1e30, precision="high"),
     Case("sigmoid", 10, 18, heads=4, key_heads=2, v_heads=4, mask="causal", offset=100.0, precision="high"),
     Case(dtype=torch.float16, mask="causal"),
     Case("sigmoid", dtype=torch.bfloat16, mask="lengths"),
@@ -348,6 +348,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "other heads' v": faulty("scalars", lambda x: (*x[:2], 0, *x[3:])),
     "the last key missing": faulty("bounds_of", lambda x: x.clamp(max=Case().keys - 1)),
     "slabs in the wrong place": faulty("spans", lambda x: tuple(torch.zeros_like(each) for each in x)),
+    "no room for v": lambda: mock.patch.object(gpu, "far", lambda x, block, v=None, far=gpu.far: far(x, block)),
     "a clamp that moves what is clamped": faulty("moved", lambda x: (x[0] + 1e-5, x[1])),
 }
 
@@ -365,6 +366,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
         ("other heads' v", Case(heads=2, key_heads=2, v_heads=2)),
         ("the last key missing", Case(mask="causal")),
         ("slabs in the wrong place", Case()),
+        ("no room for v", Case(size=2.5, v_size=1e30, precision="high")),
         ("a clamp that moves what is clamped", Case()),
     ],
 )
