@@ -20,6 +20,7 @@ import pytest
 import torch
 from oracle import rms
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.dropout import Dropout
 from regard.intervals import Diagonal, Interval
@@ -416,6 +417,26 @@ def not_a_number() -> None:
 
 def test_what_is_not_finite_is_its_own_rows(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(not_a_number).result()
+
+
+class Products(TorchDispatchMode):
+    """Notes what torch multiplies as matrices, which it may round where the kernels on tensor cores are allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **kwargs or {})
+
+
+def test_exponents_are_not_rounded_by_torch() -> None:
+    with Products() as seen:
+        gpu.terms(torch.randn(2, 5, 8), 16)
+        gpu.signed(torch.randn(2, 8))
+    assert seen.dtypes == [torch.float64] * 2
 
 
 # --- Refusals.

@@ -202,7 +202,7 @@ def compiled(kernel: Any, by_rows: bool, constants: dict[str, Any], registers: i
     sides = {"grad_y": 1, "x_group": 1} if by_rows else {"grad_x": 1, "y_group": 1, "v_sums": None}
     constants = constants | sides
     pointers = ("plain", "power", "most", "terms", "far")
-    kinds = dict.fromkeys(("v", "signed", "scales", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32"}
+    kinds = dict.fromkeys(("v", "signed_v", "scales", "grad", "out", "v_sums"), "*fp32") | {"spans": "*i32"}
     kinds |= dict.fromkeys(("kappa", "slope"), "fp32")
     kinds |= {f"{side}_{name}": "*fp32" for side in "xy" for name in pointers}
     whole = {"units", "length", "y_length", "grad_map", "grad_x", "grad_y", "x_outer", "x_four", "y_outer", "y_four"}
@@ -259,7 +259,7 @@ FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "a key missing": changed("by_rows", lambda *x: (*x[:7], x[7] - torch.tensor([0, 1], dtype=torch.int32), *x[8:])),
     "another head's v": changed("by_keys", lambda *x: (*x[:2], x[2].flip(0), *x[3:])),
     "all terms are in reach": changed("far", lambda x, block: (x * 0, block)),
-    "another unit's v": changed("signed_sums", lambda v: (v.roll(1, -1),)),
+    "another unit's v": changed("signed", lambda v: (v.roll(1, -1),)),
     "another slope": changed("by_rows", lambda *x: (*x[:4], 0.0, *x[5:])),
 }
 

@@ -175,8 +175,8 @@ def laid(sides: ops.Sides, a: Tensor | None, b: Tensor | None) -> Laid:
     if tensor_cores:
         a, b = (F.pad(x * (kappa / 2), padding) for x in (a, b))
         row, key = terms(a, tile.rows), terms(b, tile.keys)
-        signed = row.unflatten(0, (-1, heads)) * signed_sums(whole)[:, :, None]
-        row = torch.stack((row, signed.flatten(0, 1)), 2)
+        of_n = row.unflatten(0, (-1, heads)) * signed(whole)[:, :, None]
+        row = torch.stack((row, of_n.flatten(0, 1)), 2)
         return Laid(rounded(row), rounded(key), *common, far(a, tile.rows, whole), far(b, tile.keys))
     a, b = (F.pad(x * (kappa * LOG2_E), padding) for x in (a, b))
     a = a.unflatten(0, (-1, heads))  # so that heads of v meet theirs
@@ -192,14 +192,15 @@ def signs(like: Tensor) -> Tensor:
     return torch.cartesian_prod(*(torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device),) * 4)
 
 
-def signed_sums(v: Tensor) -> Tensor:
-    """C: s · v of each four units and all signs s, (v heads, fours, signs)."""
-    return (v.unflatten(1, (-1, 4)) @ signs(v).mT).float()
+def signed(x: Tensor) -> Tensor:
+    """s · x of each four units and all signs s, (..., fours, signs); float32 is what torch may round to multiply it."""
+    x = x.double().unflatten(-1, (-1, 4))
+    return (x @ signs(x).mT).float()
 
 
 def terms(x: Tensor, block: int) -> Tensor:
     """E: e^(s·x) of each four units and all signs s, (maps, fours, whole blocks, signs); x far out is taken nearer."""
-    exponents = F.pad(x, (0, 0, 0, -x.shape[1] % block)).float().unflatten(2, (-1, 4)) @ signs(x).mT.float()
+    exponents = signed(F.pad(x, (0, 0, 0, -x.shape[1] % block)))
     return exponents.clamp(-LN_TERM, LN_TERM).exp().transpose(1, 2).contiguous()
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.kernels.gpu import KAPPA, far, signed_sums
+from regard.kernels.gpu import KAPPA, far, signed
 from regard.kernels.gpu_forward import ALL, FOUR, LOG2_E, LOG2_LIMIT, SIGNS, STAGES, product, reciprocal, tf32
 
 BLOCK = 32  # rows or keys of a program
@@ -133,7 +133,7 @@ def _launch(
         if x.terms is None or y.terms is None:
             return
         exponent = torch.frexp(v.abs().amax(1, keepdim=True)).exponent  # so that N is finite wherever D is
-        c = signed_sums(F.pad(torch.ldexp(v, -exponent), (0, -v.shape[1] % FOUR.value)))
+        c = signed(F.pad(torch.ldexp(v, -exponent), (0, -v.shape[1] % FOUR.value)))
         scales = torch.ldexp(torch.full_like(v[:, 0], (kappa / 2) ** 2), exponent[:, 0])
         launch = product_slopes[(maps * blocks, triton.cdiv(c.shape[1], FOURS))]
         launch(
@@ -254,13 +254,13 @@ def reached(x_far, y_far, x_map, y_map, x, y, x_total, y_total, STRETCH: tl.cons
 
 
 @triton.jit
-def product_slopes(x_terms, y_terms, x_far, y_far, signed, scales, grad, spans, out, v_sums,
+def product_slopes(x_terms, y_terms, x_far, y_far, signed_v, scales, grad, spans, out, v_sums,
                    length, y_length, x_total, y_total, units, v_heads, fours, x_group, y_group, first_x, first_y,
                    grad_map, grad_x, grad_y, x_outer, x_four, y_outer, y_four,
                    BLOCK: tl.constexpr, FOURS: tl.constexpr, STRETCH: tl.constexpr):  # fmt: skip
     """Adds to `out` and v_sums, as `slopes` left them, what terms reach.
 
-    signed: (v heads, fours, signs), C of v at most 1; scales (v heads): what makes gradients of what that gives.
+    signed_v: (v heads, fours, signs), C of v at most 1; scales (v heads): what makes gradients of what that gives.
     """
     blocks = tl.cdiv(length, BLOCK)
     block, m = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -280,7 +280,7 @@ def product_slopes(x_terms, y_terms, x_far, y_far, signed, scales, grad, spans, 
     g_at = grad + low.to(tl.int64) * grad_y + x.to(tl.int64)[:, None] * grad_x + y.to(tl.int64)[None, :] * grad_y
 
     e = tl.load(x_terms + (read * x_four)[:, None, None] + (x * SIGNS)[None, :, None] + s[None, None, :])
-    c = tl.load(signed + ((m % v_heads) * fours + read)[:, None] * SIGNS + s[None, :])[:, None, :]
+    c = tl.load(signed_v + ((m % v_heads) * fours + read)[:, None] * SIGNS + s[None, :])[:, None, :]
     signed_e = tf32(e * c)
     of_u = tl.zeros([FOURS, BLOCK, SIGNS], tl.float32)
     of_w = tl.zeros([FOURS, BLOCK, SIGNS], tl.float32)
