@@ -258,7 +258,6 @@ COMPILED = (
             ("rational", gpu.TILE, 64, WITH_ALL, HALVES),
             ("rational", gpu.NARROW, 128, WITH_ALL, {}),
             ("leaky", gpu.TILE, 128, WITH_ALL, {}),
-            ("leaky", gpu.NARROW, 128, WITH_ALL, {}),
             ("product", gpu.NARROW, 128, WITH_ALL, {}),
             ("product", gpu.NARROW, 128, PLAIN, {}),
             ("product", gpu.NARROW, 128, WITH_ALL, HALVES),
@@ -268,7 +267,6 @@ COMPILED = (
         ("gradients", tile, {"KIND": kind, **masks})
         for kind, tile, masks in (
             ("rational", gpu.TILE, WITH_ALL),
-            ("rational", gpu.TILE, PLAIN),
             ("rational", gpu.NARROW, WITH_ALL),
             ("leaky", gpu.TILE, WITH_ALL),
             ("product", gpu.NARROW, WITH_ALL),
